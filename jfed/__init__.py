@@ -1,0 +1,50 @@
+"""jfed: a functional research kit in JAX for learning that is not done in one place.
+
+    core        the types everything is written with
+    clients     how the work of one client runs for a whole cohort
+    local       what one client does in a round
+    algorithms  the methods
+    sampling    who takes part in a round
+    data        populations, partitions, sets
+    models      small models, losses, adapters
+    run         many rounds, evaluation
+    report, checkpoint, plot, experiment        run folders, resuming, pictures, scripts
+
+Modules are loaded when first asked for.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_MODULES = (
+    "algorithms",
+    "checkpoint",
+    "clients",
+    "core",
+    "data",
+    "experiment",
+    "local",
+    "mesh",
+    "models",
+    "plot",
+    "report",
+    "run",
+    "sampling",
+    "shuffle",
+    "tree",
+)
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a module of the kit when it is first asked for."""
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,23 @@
+"""Methods: one file each."""
+
+from jfed.algorithms.federated import (
+    FederatedState,
+    fedadagrad,
+    fedadam,
+    fedavg,
+    fedavgm,
+    federated,
+    fedsgd,
+    fedyogi,
+)
+
+__all__ = [
+    "FederatedState",
+    "fedadagrad",
+    "fedadam",
+    "fedavg",
+    "fedavgm",
+    "federated",
+    "fedsgd",
+    "fedyogi",
+]

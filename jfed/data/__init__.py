@@ -1,0 +1,60 @@
+"""Data: who owns which rows, how unlike the clients are, and the sets themselves.
+
+`population` builds what a round reads; the modules `partition`, `shift` and `skew` deal rows to
+clients, change what they see, and measure how unlike they are. Names that read files are loaded when
+first asked for, so that importing this package stays light.
+"""
+
+import importlib
+from typing import Any
+
+from jfed.data import partition, shift, skew
+from jfed.data.population import by_owner, check, check_labels, client, from_clients, owner, population, split
+
+# The function `population` hides the module of that name; `from jfed.data.population import ...` still finds it.
+
+_LAZY = {
+    "read_idx": "readers",
+    "read_cifar": "readers",
+    "read_leaf": "federated",
+    "read_sqlite": "federated",
+    "read_h5": "federated",
+    "from_hugging_face": "readers",
+    "fashion_small": "sets",
+    "fashion_mnist": "sets",
+    "mnist": "sets",
+    "mnist_writers": "sets",
+    "emnist": "sets",
+    "cifar10": "sets",
+    "cifar100": "sets",
+    "shakespeare": "sets",
+    "heart": "sets",
+}
+
+__all__ = [
+    "by_owner",
+    "check",
+    "check_labels",
+    "client",
+    "from_clients",
+    "owner",
+    "partition",
+    "population",
+    "shift",
+    "skew",
+    "split",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a reader or a set when it is first asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,229 @@
+"""What one client does between receiving the model and sending its update back.
+
+Each factory returns a `ClientWork` whose `finish` keeps the client's pseudo-gradient
+`params - new_params` and adds `{"loss", "examples"}`: the sum of the per-example losses met in
+training, and how many there were. A loss is `loss(params, batch, key) -> [B]`, one value an
+example, so that short batches are weighted exactly; it must not mix the examples of a batch.
+
+Local training is McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1, ClientUpdate.
+
+Letters: n examples of the client, B batch size.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jfed import _validate, shuffle, tree
+from jfed.core import ClientWork, Cohort, Shared, Tree
+
+Loss = Callable[[Tree, Tree, jax.Array], jax.Array]
+
+
+class Carry(NamedTuple):
+    """A client in the middle of its round."""
+
+    params: Tree  # the client's model
+    optimizer: Tree  # state of the client optimizer
+    gradient: Tree  # sum of per-example gradients over the pass so far; () where none is kept
+    loss: jax.Array  # [] sum of the per-example losses met
+    examples: jax.Array  # [] how many there were
+
+
+def sgd(loss: Loss, optimizer: optax.GradientTransformation, *, batch_size: int, epochs: int = 1) -> ClientWork:
+    """Epochs of mini-batch training with any optax optimizer.
+
+    Each epoch visits every example once in a new random order; the last batch of an epoch holds
+    what is left over and its gradient is the mean over just those. A client does
+    `epochs * ceil(n / B)` local steps.
+
+    The optimizer may take the extra arguments `anchor` (the round's global params), `round`
+    (rounds completed before this one) and `value` (the batch loss).
+
+    Args:
+      loss: `(params, batch, key) -> [B]`.
+      optimizer: the client optimizer; its state starts anew each round.
+      batch_size: examples a local step, B.
+      epochs: passes over the client's examples.
+
+    Raises:
+      ValueError: if `batch_size` or `epochs` is not a whole number of at least 1.
+
+    >>> work = sgd(lambda w, x, key: (w - x) ** 2, optax.sgd(0.1), batch_size=2, epochs=3)
+    >>> print(work.steps(jnp.array([4, 5])))
+    [6 9]
+    """
+    _validate.at_least_one("sgd", "batch_size", batch_size, "10 is FedAvg's choice; full_batch uses every example")
+    _validate.at_least_one("sgd", "epochs", epochs, "a straggler does less by its cohort's `steps`")
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step_fn(shared: Shared, client: Cohort, carry: Carry, t: jax.Array) -> Carry:
+        batches = _batches(client.size, batch_size)
+        order_key, loss_key = jax.random.split(jax.random.fold_in(shared.key, client.ids))
+        place, real = _places(client.size, t % batches, batch_size)
+        row = client.start + shuffle.position(jax.random.fold_in(order_key, t // batches), place, client.size)
+        batch = tree.take(shared.examples, row)
+
+        total, gradient = _sum_and_gradient(loss, carry.params, batch, real, jax.random.fold_in(loss_key, t))
+        count = jnp.sum(real)
+        gradient = jax.tree.map(lambda g: (g / count).astype(g.dtype), gradient)
+        carry = _descend(optimizer, shared, carry, gradient, total / count)
+        return carry._replace(loss=carry.loss + total, examples=carry.examples + count)
+
+    return ClientWork(
+        steps=lambda size: epochs * _batches(size, batch_size),
+        start=lambda shared, client: _start(optimizer, shared),
+        step=step_fn,
+        finish=_finish,
+    )
+
+
+def full_batch(
+    loss: Loss, optimizer: optax.GradientTransformation, *, epochs: int = 1, chunk_size: int = 64
+) -> ClientWork:
+    """Full-batch training (B = infinity): one optimizer step a pass over the client's examples.
+
+    The gradient is summed over chunks, so memory does not grow with the client; a client does
+    `epochs * ceil(n / chunk_size)` local steps, and one stopped in the middle of a pass keeps the
+    passes it completed. Arguments and extra arguments are those of `sgd`.
+
+    Args:
+      loss: `(params, batch, key) -> [B]`.
+      optimizer: the client optimizer; its state starts anew each round.
+      epochs: optimizer steps.
+      chunk_size: examples at once; it does not change the result.
+
+    Raises:
+      ValueError: if `epochs` or `chunk_size` is not a whole number of at least 1.
+    """
+    _validate.at_least_one("full_batch", "epochs", epochs, "a straggler does less by its cohort's `steps`")
+    _validate.at_least_one("full_batch", "chunk_size", chunk_size, "a good start is 64")
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step_fn(shared: Shared, client: Cohort, carry: Carry, t: jax.Array) -> Carry:
+        summed = _add_chunk(loss, chunk_size, shared, client, carry, t)
+        mean = jax.tree.map(lambda g: (g / client.size).astype(g.dtype), summed.gradient)
+        stepped = _descend(optimizer, shared, summed, mean, summed.loss / summed.examples)
+        stepped = stepped._replace(gradient=jax.tree.map(jnp.zeros_like, summed.gradient))
+        return tree.select((t + 1) % _batches(client.size, chunk_size) == 0, stepped, summed)
+
+    return ClientWork(
+        steps=lambda size: epochs * _batches(size, chunk_size),
+        start=lambda shared, client: _start(optimizer, shared)._replace(gradient=_no_gradient(shared)),
+        step=step_fn,
+        finish=_finish,
+    )
+
+
+def gradient(loss: Loss, *, chunk_size: int = 64) -> ClientWork:
+    """The mean gradient over all the client's examples at the global model, and no training.
+
+    What it keeps is the gradient itself (FederatedSGD). One stopped early averages what it saw.
+
+    Args:
+      loss: `(params, batch, key) -> [B]`.
+      chunk_size: examples at once; it does not change the result.
+
+    Raises:
+      ValueError: if `chunk_size` is not a whole number of at least 1.
+    """
+    _validate.at_least_one("gradient", "chunk_size", chunk_size, "a good start is 64")
+
+    def finish_fn(shared: Shared, client: Cohort, carry: Carry) -> tuple[Tree, Tree]:
+        count = jnp.maximum(carry.examples, 1.0)
+        mean = jax.tree.map(lambda g: (g / count).astype(g.dtype), carry.gradient)
+        return mean, {"loss": carry.loss, "examples": carry.examples}
+
+    return ClientWork(
+        steps=lambda size: _batches(size, chunk_size),
+        start=lambda shared, client: Carry(shared.params, (), _no_gradient(shared), jnp.zeros(()), jnp.zeros(())),
+        step=lambda shared, client, carry, t: _add_chunk(loss, chunk_size, shared, client, carry, t),
+        finish=finish_fn,
+    )
+
+
+def scale_by_round(factor: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformationExtraArgs:
+    """Multiplies a client's steps by `factor(round)`: a learning rate that decays over rounds.
+
+    >>> halve = optax.chain(optax.sgd(1.0), scale_by_round(lambda r: 0.5**r))
+    >>> print(halve.update(jnp.array(8.0), halve.init(jnp.array(0.0)), round=2)[0])
+    -2.0
+    """
+
+    def update_fn(updates, state, params=None, *, round, **extra_args):
+        del params, extra_args
+        return jax.tree.map(lambda u: (u * factor(round)).astype(u.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+
+
+def client_rows(client: Cohort, batch: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    """Rows of a client's `batch`-th run of examples in stored order.
+
+    Returns:
+      `(row, real)`: [B] int32 rows of the cohort's examples, and [B] bool, False past the client's end
+      (where `row` repeats a row of the client).
+    """
+    place, real = _places(client.size, batch, batch_size)
+    return client.start + place, real
+
+
+def _batches(size: jax.Array, batch_size: int) -> jax.Array:
+    """ceil(size / batch_size), and 1 for a client without examples: it divides."""
+    return jnp.maximum(-(-size // batch_size), 1)
+
+
+def _places(size: jax.Array, batch: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    place = batch * batch_size + jnp.arange(batch_size)
+    return jnp.minimum(place, jnp.maximum(size, 1) - 1), place < size
+
+
+def _sum_and_gradient(loss: Loss, params: Tree, batch: Tree, real: jax.Array, key: jax.Array) -> tuple[jax.Array, Tree]:
+    """Sum of the losses of the real examples, and its gradient."""
+
+    def total(params):
+        values = loss(params, batch, key)
+        if values.shape != real.shape:
+            raise ValueError(
+                f"loss returned shape {values.shape} for a batch of {real.shape[0]}: it must return one value an "
+                "example; leave out the mean over the batch."
+            )
+        return jnp.sum(jnp.where(real, values, 0.0))
+
+    return jax.value_and_grad(total)(params)
+
+
+def _add_chunk(loss: Loss, chunk_size: int, shared: Shared, client: Cohort, carry: Carry, t: jax.Array) -> Carry:
+    key = jax.random.fold_in(jax.random.fold_in(shared.key, client.ids), t)
+    row, real = client_rows(client, t % _batches(client.size, chunk_size), chunk_size)
+    total, gradient = _sum_and_gradient(loss, carry.params, tree.take(shared.examples, row), real, key)
+    return carry._replace(
+        gradient=jax.tree.map(jnp.add, carry.gradient, gradient),
+        loss=carry.loss + total,
+        examples=carry.examples + jnp.sum(real),
+    )
+
+
+def _no_gradient(shared: Shared) -> Tree:
+    return jax.tree.map(jnp.zeros_like, shared.params)
+
+
+def _start(optimizer: optax.GradientTransformationExtraArgs, shared: Shared) -> Carry:
+    return Carry(shared.params, optimizer.init(shared.params), (), jnp.zeros(()), jnp.zeros(()))
+
+
+def _descend(
+    optimizer: optax.GradientTransformationExtraArgs, shared: Shared, carry: Carry, gradient: Tree, value: jax.Array
+) -> Carry:
+    updates, state = optimizer.update(
+        gradient, carry.optimizer, carry.params, anchor=shared.params, round=shared.round, value=value
+    )
+    return carry._replace(params=optax.apply_updates(carry.params, updates), optimizer=state)
+
+
+def _finish(shared: Shared, client: Cohort, carry: Carry) -> tuple[Tree, Tree]:
+    pseudo_gradient = jax.tree.map(jnp.subtract, shared.params, carry.params)
+    return pseudo_gradient, {"loss": carry.loss, "examples": carry.examples}

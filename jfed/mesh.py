@@ -1,0 +1,65 @@
+"""Device meshes, in the one form that runs alike on every supported JAX.
+
+JAX 0.9 made `jax.make_mesh` default to explicit axes, under which `shard_map` refuses plain arrays;
+everything in jfed uses automatic axes and gets its meshes here.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jfed.core import Tree
+
+
+def make(shape: Sequence[int] | None = None, names: Sequence[str] = ("clients",)) -> Mesh:
+    """A mesh over the devices of all processes.
+
+    Args:
+      shape: devices along each axis; by default all devices along a single axis.
+      names: one name an axis.
+
+    Raises:
+      ValueError: if names and axes differ in number, or there are too few devices.
+
+    >>> make((1,)).axis_names
+    ('clients',)
+    """
+    shape = (jax.device_count(),) if shape is None else tuple(shape)
+    if len(shape) != len(names):
+        raise ValueError(f"make(shape={shape}, names={tuple(names)}): every axis needs exactly one name.")
+    needed = int(np.prod(shape))
+    if needed > jax.device_count() or min(shape) < 1:
+        raise ValueError(
+            f"make(shape={shape}): needs {needed} devices and there are {jax.device_count()}; use a smaller shape, "
+            "or on CPU set XLA_FLAGS=--xla_force_host_platform_device_count before JAX starts."
+        )
+    return jax.make_mesh(
+        shape, tuple(names), axis_types=(AxisType.Auto,) * len(shape), devices=jax.devices()[:needed]
+    )
+
+
+def shard_map(*, mesh: Mesh, in_specs, out_specs) -> Callable[[Callable], Callable]:
+    """`jax.shard_map` for code that must not know that it runs on many devices.
+
+    Replication is not type-checked: a scan inside the function may start from a replicated value.
+    Do not differentiate a collective through it.
+    """
+    return lambda f: jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def replicate(tree: Tree, mesh: Mesh) -> Tree:
+    """Copies of every leaf on all devices of a mesh, also when other processes hold some of them.
+
+    Every process must call it with equal values.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def one(x):
+        if jax.dtypes.issubdtype(getattr(x, "dtype", np.dtype(type(x))), jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)

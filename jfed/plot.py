@@ -1,0 +1,165 @@
+"""Pictures of runs: curves over rounds, and how a result is spread over clients.
+
+Drawn with matplotlib's objects, without its global state, so it works in threads and without a screen.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito (2008), "Color Universal Design": told apart with any colour vision. Yellow, too faint on
+# white, is left out; black comes last.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_INK, _GREY = "#222222", "#6B6B6B"
+
+
+def plot_curves(
+    path: str | os.PathLike,
+    curves: Mapping[str, tuple[Any, Any]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    reference: Mapping[str, float] | None = None,
+) -> None:
+    """Draws curves, each labelled at its end, and dashed lines to hold them against.
+
+    Args:
+      path: of the PNG file; its folder is made if it does not exist.
+      curves: name -> (x, y), two sequences of equal length; a y that is None or NaN leaves a gap.
+      xlabel: what is on the x axis, with its unit.
+      ylabel: what is on the y axis, with its unit.
+      title: one line.
+      reference: name -> y of a horizontal dashed line, for example `{"centralised 85.2 %": 85.2}`.
+
+    Raises:
+      ValueError: if there is no curve, or an x and y differ in length.
+    """
+    if not curves:
+        raise ValueError("plot_curves(curves={}): needs at least one curve; check that the run logged any rows.")
+    figure, axes = _canvas(title, xlabel, ylabel)
+    reference = reference or {}
+    ends = []
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        x, y = np.asarray(x, float), np.asarray(y, float)
+        if x.shape != y.shape or x.ndim != 1:
+            raise ValueError(f"plot_curves(curves[{name!r}]): x has shape {x.shape}, y {y.shape}; give equal lengths.")
+        colour, style = COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
+        # Few points are shown as such; one alone would otherwise be invisible.
+        marker = {"marker": "o", "markersize": 4} if len(x) <= 15 else {}
+        axes.plot(x, y, color=colour, linestyle=style, linewidth=2, label=name, solid_capstyle="round", **marker)
+        seen = np.flatnonzero(np.isfinite(y))
+        if seen.size:
+            ends.append((y[seen[-1]], name, colour))
+    for name, y in reference.items():
+        axes.axhline(y, color=_GREY, linewidth=1.2, linestyle=(0, (5, 4)), zorder=1)
+        ends.append((y, name, _GREY))
+    axes.margins(x=0.02)
+    _label_ends(axes, ends)
+    _save(figure, path)
+
+
+def plot_distribution(
+    path: str | os.PathLike, values: Any, *, xlabel: str, title: str, bins: int | str = "auto"
+) -> None:
+    """Draws a histogram of one number a client, and marks the mean and the worst tenth.
+
+    Args:
+      path: of the PNG file; its folder is made if it does not exist.
+      values: [C], for example each client's accuracy; higher is better; NaNs are left out.
+      xlabel: what the numbers are, with their unit.
+      title: one line.
+      bins: how many bars, or a rule that `numpy.histogram_bin_edges` knows.
+
+    Raises:
+      ValueError: if there is no finite value.
+    """
+    values = np.asarray(values, float).ravel()
+    values = values[np.isfinite(values)]
+    if not values.size:
+        raise ValueError("plot_distribution(values=[]): needs at least one finite value; evaluate some clients first.")
+    figure, axes = _canvas(title, xlabel, "clients")
+    mean, tenth = values.mean(), np.quantile(values, 0.1)
+    low, high = values.min(), values.max()
+    if low == high:  # a rule would make one bar as wide as the picture
+        low, high, bins = low - 0.5, high + 0.5, 11
+    edges = np.histogram_bin_edges(values, bins, (low, high))
+    worst, rest = values[values <= tenth], values[values > tenth]
+    axes.hist([worst, rest], edges, stacked=True, color=[COLOURS[1], COLOURS[0]], edgecolor="white", linewidth=0.6)
+    # Room above the bars for three lines of text; clients are counted in whole numbers.
+    axes.set_ylim(0, 1.32 * np.histogram(values, edges)[0].max())
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    texts = [
+        (mean, 0.985, f"mean {mean:.4g}", _INK, "-", 0.8),
+        (tenth, 0.92, f"worst 10 %: mean {worst.mean():.4g}\nall at most {tenth:.4g}", COLOURS[1], (0, (5, 4)), 0.28),
+    ]
+    for x, height, text, colour, style, turn in texts:
+        axes.axvline(x, color=colour, linewidth=1.6, linestyle=style)
+        # To the left of its line where there is room on that side, so that it does not leave the picture.
+        left = (x - low) / (high - low) > turn
+        axes.annotate(
+            text,
+            (x, height),
+            (-6 if left else 6, 0),
+            axes.get_xaxis_transform(),
+            "offset points",
+            color=colour,
+            ha="right" if left else "left",
+            va="top",
+            fontsize=10,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
+    _save(figure, path)
+
+
+def _canvas(title: str, xlabel: str, ylabel: str) -> tuple["Figure", "Axes"]:
+    """An empty picture in the kit's style."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.3), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_INK, pad=12)
+    axes.set_xlabel(xlabel, fontsize=11, color=_INK)
+    axes.set_ylabel(ylabel, fontsize=11, color=_INK)
+    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#B0B0B0")
+    axes.tick_params(colors=_GREY, labelsize=10, length=3)
+    return figure, axes
+
+
+def _label_ends(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
+    """Writes names to the right of the axes, at the height of each (y, name, colour), moved apart where needed."""
+    gap = 0.062  # of the height of the axes: a line of text
+    low, high = axes.get_ylim()
+    heights = [(y - low) / (high - low) for y, _, _ in ends]
+    order = sorted(range(len(ends)), key=heights.__getitem__)
+    placed: list[float] = []
+    for i in order:
+        placed.append(max(heights[i], placed[-1] + gap) if placed else heights[i])
+    # Pushed up from below they may stand too high as a whole: settle clusters around their own middle.
+    for _ in range(200):
+        for k in range(len(placed)):
+            placed[k] = min(1.0, placed[k] + 0.1 * (heights[order[k]] - placed[k]))
+        for k in range(len(placed) - 1):
+            short = gap - (placed[k + 1] - placed[k])
+            if short > 0:
+                placed[k], placed[k + 1] = placed[k] - short / 2, placed[k + 1] + short / 2
+    for height, i in zip(placed, order, strict=True):
+        _, name, colour = ends[i]
+        axes.annotate(
+            name, (1, height), (6, 0), "axes fraction", "offset points", color=colour, va="center", fontsize=10
+        )
+
+
+def _save(figure: "Figure", path: str | os.PathLike) -> None:
+    Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")

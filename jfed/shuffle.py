@@ -1,0 +1,45 @@
+"""A random order that needs no memory: where index `i` of `n` stands after a shuffle.
+
+Clients in one compiled program have sizes known only at run time, so their shuffled order cannot be
+stored in an array of fixed shape without padding to the largest client. `position` computes single
+entries of a permutation instead, as a cipher would: the swap-or-not shuffle of Hoang, Morris and
+Rogaway (2012, arXiv:1208.1176). In each round a random pivot `K` pairs `i` with `K - i mod n`, and
+one pseudorandom bit a pair decides whether the two change places.
+"""
+
+import jax
+import jax.numpy as jnp
+
+ROUNDS = 24  # no departure from uniform was seen from 16 on: orders of 2 to 5, places and neighbours of 50 and 600
+
+
+def position(key: jax.Array, index: jax.Array, size: jax.Array) -> jax.Array:
+    """Where a random permutation of `size` elements sends `index`.
+
+    Args:
+      key: a single key; it fixes the permutation for each `size`.
+      index: int32, any shape, each in [0, size).
+      size: [] int32, at least 1; may be traced.
+
+    Returns:
+      int32 of the shape of `index`; over all indices every number in [0, size) occurs once.
+
+    >>> print(sorted(position(jax.random.key(0), jnp.arange(5), 5).tolist()))
+    [0, 1, 2, 3, 4]
+    """
+    pivots, salts = jax.random.bits(key, (2, ROUNDS), jnp.uint32)
+    size = jnp.asarray(size, jnp.uint32)
+    index = jnp.asarray(index, jnp.uint32)
+    for r in range(ROUNDS):
+        partner = pivots[r] % size + size - index
+        partner = jnp.where(partner >= size, partner - size, partner)
+        swap = _mix(jnp.maximum(index, partner) ^ salts[r]) >> 31
+        index = jnp.where(swap == 1, partner, index)
+    return index.astype(jnp.int32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """Scrambles 32 bits: the finaliser of MurmurHash3 (Appleby, public domain)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

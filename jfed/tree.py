@@ -1,0 +1,61 @@
+"""What jfed does to whole pytrees that jax.tree and optax.tree do not."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jfed.core import Tree
+
+
+def take(tree: Tree, index: jax.Array) -> Tree:
+    """Row `index` of every leaf; an index past the end reads the last row.
+
+    >>> print(take({"a": jnp.arange(3.0)}, jnp.array([2, 0, 9]))["a"])
+    [2. 0. 2.]
+    """
+    return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), tree)
+
+
+def put(tree: Tree, index: jax.Array, rows: Tree) -> Tree:
+    """`tree` with `rows` written at `index`; an index past the end writes nothing.
+
+    >>> print(put(jnp.zeros(3), jnp.array([1, 3]), jnp.array([5.0, 7.0])))
+    [0. 5. 0.]
+    """
+    return jax.tree.map(lambda x, r: x.at[index].set(r, mode="drop"), tree, rows)
+
+
+def select(mask: jax.Array, yes: Tree, no: Tree) -> Tree:
+    """Leafwise `yes` where `mask` holds, else `no`; `mask` spans the leading axes."""
+
+    def one(a: jax.Array, b: jax.Array) -> jax.Array:
+        m = mask.reshape(mask.shape + (1,) * (jnp.ndim(a) - mask.ndim))
+        return jnp.where(m, a, b)
+
+    return jax.tree.map(one, yes, no)
+
+
+def zeros(shapes: Tree, leading: tuple[int, ...] = ()) -> Tree:
+    """Zeros of the shapes and dtypes of `shapes`, with `leading` axes in front."""
+    return jax.tree.map(lambda s: jnp.zeros(leading + tuple(s.shape), s.dtype), shapes)
+
+
+def all_finite(tree: Tree) -> jax.Array:
+    """Whether no floating leaf holds a NaN or an infinity; [] bool.
+
+    >>> print(all_finite({"a": jnp.array([1.0, jnp.nan])}), all_finite(()))
+    False True
+    """
+    flags = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack(flags)) if flags else jnp.array(True)
+
+
+def nbytes(tree: Tree) -> int:
+    """Bytes of all leaves, known at trace time.
+
+    >>> nbytes({"a": jnp.zeros((2, 3)), "b": jnp.zeros(5, jnp.int8)})
+    29
+    """
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))

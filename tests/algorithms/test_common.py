@@ -1,0 +1,158 @@
+"""What holds for every algorithm under every client map. A new method joins by one row of METHODS."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+from problem import PARAMS, POPULATION, cohort_of
+
+from jfed import local, mesh, run, sampling, tree
+from jfed.algorithms import fedadagrad, fedadam, fedavg, fedavgm, federated, fedsgd, fedyogi
+from jfed.clients import lanes, sharded, vectorised
+
+WORK = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4, epochs=2)
+MOMENTUM = local.sgd(problem.loss, optax.sgd(0.1, momentum=0.9), batch_size=3, epochs=1)
+FULL = local.full_batch(problem.loss, optax.adam(0.05), epochs=2, chunk_size=5)
+
+
+def half_now_half_later():
+    """An uplink with state: sends half, keeps the rest for next time."""
+
+    def update_fn(updates, state, params=None):
+        del params
+        total = jax.tree.map(jnp.add, updates, state)
+        half = jax.tree.map(lambda x: x / 2, total)
+        return half, half
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update_fn)
+
+
+def largest_weight():
+    """An aggregator that needs the stack: the message of the client that weighs most."""
+
+    def update_fn(stack, state, params=None, *, weights):
+        del params
+        return tree.take(stack, jnp.argmax(weights)), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+
+
+METHODS = {
+    "fedavg": (WORK, fedavg),
+    "fedavg, client momentum": (MOMENTUM, fedavg),
+    "fedavg, full batch": (FULL, fedavg),
+    "fedsgd": (
+        local.gradient(problem.loss, chunk_size=5),
+        lambda work, **options: fedsgd(problem.loss, learning_rate=0.3, chunk_size=5, **options),
+    ),
+    "fedavgm": (WORK, fedavgm),
+    "fedadam": (WORK, functools.partial(fedadam, learning_rate=0.05)),
+    "fedyogi": (WORK, functools.partial(fedyogi, learning_rate=0.05)),
+    "fedadagrad": (WORK, functools.partial(fedadagrad, learning_rate=0.05)),
+    "uplink with state": (WORK, functools.partial(federated, uplink=half_now_half_later(), num_clients=12)),
+    "aggregator of the stack": (WORK, functools.partial(federated, aggregator=largest_weight())),
+}
+MAPS = {
+    "vectorised": vectorised,
+    "vectorised, bounded": lambda: vectorised(max_steps=8),
+    "lanes(1)": lambda: lanes(1),
+    "lanes(3)": lambda: lanes(3),
+    "lanes(64)": lambda: lanes(64),
+    "sharded lanes(2)": lambda: sharded(mesh.make(), lanes(2)),
+    "sharded vectorised": lambda: sharded(mesh.make((2,)), vectorised()),
+}
+IDS = [3, 0, 12, 5, 1, 12, 7, 11, 2]  # 12 is an empty slot
+KEY = jax.random.key(7)
+
+# One worker runs all tests of a method, so that it compiles each program once.
+methods = pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.xdist_group(m)) for m in METHODS])
+
+
+@functools.cache
+def compiled(method, client_map):
+    """The algorithm, its compiled round, and the list of its traces."""
+    algorithm = METHODS[method][1](METHODS[method][0], client_map=MAPS[client_map]())
+    traces = []
+
+    def one_round(state, cohort, key):
+        traces.append(method)
+        return algorithm.round(state, cohort, key)
+
+    return algorithm, jax.jit(one_round), traces
+
+
+def two_rounds(method, client_map, ids=IDS):
+    """State and metrics after two rounds; in the second, clients stop early, do nothing or stay away."""
+    algorithm, one_round, _ = compiled(method, client_map)
+    first = cohort_of(ids, METHODS[method][0])
+    slot = {client: place for place, client in enumerate(ids)}
+    steps = first.steps.at[slot[3]].min(2).at[slot[5]].set(0)
+    second = first._replace(steps=steps, weight=first.weight.at[slot[0]].set(0.0))
+    state, _ = one_round(algorithm.init(PARAMS), first, jax.random.fold_in(KEY, 0))
+    return one_round(state, second, jax.random.fold_in(KEY, 1))
+
+
+@functools.cache
+def reference(method):
+    return two_rounds(method, "vectorised")
+
+
+@methods
+@pytest.mark.parametrize("client_map", list(MAPS)[1:])
+def test_every_client_map_gives_the_same_state_and_metrics(method, client_map):
+    problem.close(two_rounds(method, client_map), reference(method))
+
+
+@methods
+def test_the_order_of_clients_does_not_matter(method):
+    problem.close(two_rounds(method, "lanes(3)", ids=IDS[::-1]), reference(method))
+
+
+@methods
+def test_empty_slots_do_not_matter(method):
+    filled = [i for i in IDS if i != 12]
+    problem.close(two_rounds(method, "lanes(3)", ids=filled), reference(method))
+
+
+@methods
+def test_a_compiled_round_equals_an_eager_one(method):
+    algorithm, one_round, _ = compiled(method, "lanes(3)")
+    state, cohort = algorithm.init(PARAMS), cohort_of(IDS, METHODS[method][0])
+    problem.close(one_round(state, cohort, KEY), algorithm.round(state, cohort, KEY))
+
+
+@methods
+def test_a_round_is_traced_once_whatever_the_clients(method):
+    algorithm, one_round, traces = compiled(method, "lanes(64)")
+    state = algorithm.init(PARAMS)
+    for t, ids in enumerate((range(9), [3] * 9, [12] * 8 + [1], range(11, 2, -1))):
+        state, _ = one_round(state, cohort_of(list(ids), METHODS[method][0]), jax.random.fold_in(KEY, t))
+    assert len(traces) == 1
+
+
+@methods
+def test_seeds_run_side_by_side_as_they_run_alone(method):
+    work, make = METHODS[method]
+    algorithm = make(work, client_map=lanes(3))
+    sampler = sampling.uniform(5, steps=work.steps)
+
+    def whole_run(key):
+        state = algorithm.init(PARAMS)
+        return run.scan_rounds(algorithm, sampler, POPULATION, state, key, rounds=3)
+
+    keys = jax.random.split(KEY, 3)
+    together = jax.vmap(whole_run)(keys)
+    for i in range(3):
+        problem.close(tree.take(together, i), whole_run(keys[i]))
+
+
+@methods
+def test_a_round_does_train(method):
+    state, metrics = reference(method)
+    moved, before = jax.tree.leaves(state.params), jax.tree.leaves(PARAMS)
+    assert max(float(jnp.abs(a - b).max()) for a, b in zip(moved, before, strict=True)) > 1e-3
+    assert np.isfinite(metrics["loss"])

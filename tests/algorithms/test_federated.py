@@ -1,0 +1,173 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+from problem import PARAMS, POPULATION, SIZES, cohort_of
+
+from jfed import local
+from jfed.algorithms import fedadagrad, fedadam, fedavg, fedavgm, federated, fedsgd, fedyogi
+from jfed.clients import lanes
+from jfed.core import ClientWork
+
+KEY = jax.random.key(3)
+WORK = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4, epochs=2)
+
+
+def centralised_gradient(ids):
+    x = np.concatenate([problem.examples_of(i)["x"] for i in ids])
+    y = np.concatenate([problem.examples_of(i)["y"] for i in ids])
+    return problem.numpy_gradient({k: np.asarray(v, np.float64) for k, v in PARAMS.items()}, x, y)
+
+
+def test_fedavg_equals_a_plain_loop_over_clients():
+    ids = [3, 0, 5, 1, 7]
+    total = SIZES[ids].sum()
+    expected = {k: np.zeros(v.shape) for k, v in PARAMS.items()}
+    for i in ids:  # line by line: w <- sum n_k / n w_k
+        w = problem.numpy_sgd_client(PARAMS, i, KEY, learning_rate=0.2, batch_size=4, epochs=2)
+        expected = {k: expected[k] + SIZES[i] / total * w[k] for k in expected}
+    algorithm = fedavg(WORK, client_map=lanes(2))
+    state, _ = algorithm.round(algorithm.init(PARAMS), cohort_of(ids, WORK), KEY)
+    problem.close(algorithm.params(state), expected)
+
+
+def test_fedavg_with_one_full_batch_step_is_centralised_gradient_descent():
+    everyone = list(range(12))
+    work = local.full_batch(problem.loss, optax.sgd(0.5), chunk_size=5)
+    algorithm = fedavg(work)
+    state, _ = algorithm.round(algorithm.init(PARAMS), cohort_of(everyone, work), KEY)
+    gradient = centralised_gradient(everyone)
+    problem.close(state.params, {k: PARAMS[k] - 0.5 * gradient[k] for k in PARAMS})
+
+
+def test_fedsgd_is_one_large_batch_step():
+    ids = [3, 0, 5]
+    algorithm = fedsgd(problem.loss, learning_rate=0.5, chunk_size=4)
+    work = local.gradient(problem.loss, chunk_size=4)
+    state, _ = algorithm.round(algorithm.init(PARAMS), cohort_of(ids, work), KEY)
+    gradient = centralised_gradient(ids)
+    problem.close(state.params, {k: PARAMS[k] - 0.5 * gradient[k] for k in PARAMS})
+
+
+def test_fedavgm_without_momentum_is_fedavg():
+    cohort = cohort_of([1, 2, 3], WORK)
+    with_momentum, plain = fedavgm(WORK, momentum=0.0), fedavg(WORK)
+    a, _ = with_momentum.round(with_momentum.init(PARAMS), cohort, KEY)
+    b, _ = plain.round(plain.init(PARAMS), cohort, KEY)
+    problem.close(a.params, b.params)
+
+
+def numpy_fedavgm(x, delta, memory, t):
+    v = memory["v"] = 0.9 * memory.get("v", 0.0) + delta
+    return x + v
+
+
+def numpy_adaptive(second_moment, b1):
+    """Reddi et al. 2021, Algorithm 2, with the paper's sign: Delta = x_i - x_t."""
+
+    def step(x, delta, memory, t):
+        m = memory["m"] = b1 * memory.get("m", 0.0) + (1 - b1) * delta
+        v = memory["v"] = second_moment(memory.get("v", 0.0), delta**2)
+        return x + 0.05 * m / (np.sqrt(v) + 1e-2)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("make", "server"),
+    [
+        (lambda: fedavgm(WORK), numpy_fedavgm),
+        (
+            lambda: fedadagrad(WORK, learning_rate=0.05, tau=1e-2),
+            numpy_adaptive(lambda v, d2: v + d2, 0.0),
+        ),
+        (
+            lambda: fedadam(WORK, learning_rate=0.05, tau=1e-2),
+            numpy_adaptive(lambda v, d2: 0.99 * v + 0.01 * d2, 0.9),
+        ),
+        (
+            lambda: fedyogi(WORK, learning_rate=0.05, tau=1e-2),
+            numpy_adaptive(lambda v, d2: v - 0.01 * d2 * np.sign(v - d2), 0.9),
+        ),
+    ],
+    ids=["fedavgm", "fedadagrad", "fedadam", "fedyogi"],
+)
+def test_server_optimizers_follow_their_papers_over_three_rounds(make, server):
+    algorithm, plain = make(), fedavg(WORK)
+    cohort = cohort_of([1, 2, 3, 4], WORK)
+    state = algorithm.init(PARAMS)
+    x = {k: np.asarray(v) for k, v in PARAMS.items()}
+    memory = {k: {} for k in x}
+    for t in range(3):
+        key = jax.random.fold_in(KEY, t)
+        averaged, _ = plain.round(plain.init({k: jnp.asarray(v, jnp.float32) for k, v in x.items()}), cohort, key)
+        x = {k: server(x[k], np.asarray(averaged.params[k]) - x[k], memory[k], t) for k in x}
+        state, _ = algorithm.round(state, cohort, key)
+    problem.close(state.params, x, tolerance=1e-4)
+
+
+def poisoned(client):
+    """The usual work, but the update of one client is not a number."""
+
+    def finish(shared, who, carry):
+        kept, added = WORK.finish(shared, who, carry)
+        return jax.tree.map(lambda k: jnp.where(who.ids == client, jnp.nan, k), kept), added
+
+    return ClientWork(WORK.steps, WORK.start, WORK.step, finish)
+
+
+def test_an_update_that_is_not_finite_is_dropped_and_counted():
+    algorithm, clean = fedavg(poisoned(5)), fedavg(WORK)
+    state, metrics = algorithm.round(algorithm.init(PARAMS), cohort_of([3, 5, 7], WORK), KEY)
+    without, _ = clean.round(clean.init(PARAMS), cohort_of([3, 7], WORK), KEY)
+    problem.close(state.params, without.params)
+    assert (int(metrics["dropped"]), int(metrics["reports"]), int(metrics["uploads"])) == (1, 2, 3)
+    assert np.isfinite(metrics["loss"])
+
+
+def test_nan_in_one_clients_data_reaches_nobody_else():
+    examples = POPULATION.examples
+    sick = POPULATION._replace(examples={**examples, "x": examples["x"].at[int(POPULATION.start[5])].set(jnp.nan)})
+    algorithm = fedavg(WORK, client_map=lanes(2))
+    cohort = cohort_of([3, 5, 7], WORK)._replace(examples=sick.examples)
+    state, metrics = algorithm.round(algorithm.init(PARAMS), cohort, KEY)
+    without, _ = algorithm.round(algorithm.init(PARAMS), cohort_of([3, 7], WORK), KEY)
+    problem.close(state.params, without.params)
+    assert int(metrics["dropped"]) == 1
+
+
+def test_a_dropped_client_keeps_its_uplink_state():
+    remember = optax.trace(decay=0.9)
+    algorithm = federated(poisoned(5), uplink=remember, num_clients=12)
+    state, _ = algorithm.round(algorithm.init(PARAMS), cohort_of([3, 5], WORK), KEY)
+    memory = state.clients.trace["w"]
+    assert np.all(memory[5] == 0) and np.any(memory[3] != 0) and np.all(memory[4] == 0)
+
+
+@pytest.mark.parametrize("absent", ["nobody is there", "all dropped"])
+def test_a_round_without_reports_changes_neither_model_nor_server(absent):
+    work = poisoned(5) if absent == "all dropped" else WORK
+    algorithm = fedavgm(work)
+    state, _ = algorithm.round(algorithm.init(PARAMS), cohort_of([3, 7], WORK), KEY)
+    cohort = cohort_of([5, 5] if absent == "all dropped" else [12, 12], WORK)
+    after, metrics = algorithm.round(state, cohort, KEY)
+    problem.close(after._replace(round=state.round), state, tolerance=0)
+    assert int(metrics["reports"]) == 0 and np.isnan(metrics["loss"])
+
+
+def test_messages_and_bytes_are_counted_truthfully():
+    in_halves = optax.stateless(lambda updates, params: jax.tree.map(lambda x: x.astype(jnp.bfloat16), updates))
+    algorithm = fedavg(WORK, uplink=in_halves)
+    cohort = cohort_of([3, 12, 7, 1], WORK)
+    _, metrics = algorithm.round(algorithm.init(PARAMS), cohort._replace(weight=cohort.weight.at[0].set(0.0)), KEY)
+    numbers = 4 * 3 + 3
+    assert (int(metrics["download_bytes"]), int(metrics["upload_bytes"])) == (4 * numbers, 2 * numbers)
+    assert (int(metrics["downloads"]), int(metrics["uploads"])) == (3, 2)
+    assert int(metrics["steps"]) == 2 * (3 + 2 + 1)
+
+
+def test_an_uplink_with_state_needs_the_number_of_clients():
+    with pytest.raises(ValueError, match="pass num_clients"):
+        federated(WORK, uplink=optax.trace(0.9)).init(PARAMS)

@@ -1,0 +1,363 @@
+"""The embedded sets are what they say; the others are found where people keep them, or the error helps."""
+
+import csv
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import struct
+import sys
+import tarfile
+import time
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jfed.data import _copies, download, natural, sets
+from jfed.data.embedded import make
+
+DATA = os.environ.get("JFED_DATA")
+needs_mnist = pytest.mark.skipif(not DATA or not Path(DATA, "mnist").is_dir(), reason="needs MNIST in $JFED_DATA")
+needs_fashion = pytest.mark.skipif(not DATA or not Path(DATA, "fashion-mnist").is_dir(), reason="needs $JFED_DATA")
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """A machine on which no set lies anywhere."""
+    for name in ("JFED_DATA", "XDG_CACHE_HOME", "KERAS_HOME", "HF_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr(_copies.importlib.util, "find_spec", lambda name: None)
+    return tmp_path
+
+
+def idx(array):
+    return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+RAW = [
+    np.arange(3 * 28 * 28, dtype=np.uint32).reshape(3, 28, 28).astype(np.uint8),
+    np.array([7, 0, 9], np.uint8),
+    np.full((2, 28, 28), 255, np.uint8),
+    np.array([1, 2], np.uint8),
+]
+FILES = [idx(array) for array in RAW]
+TINY = sets._MNIST._replace(sha256=tuple(hashlib.sha256(file).hexdigest() for file in FILES))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """MNIST, were it five images."""
+    monkeypatch.setattr(sets, "_MNIST", TINY)
+
+
+def put_idx(folder, files=FILES, stems=_copies.IDX_STEMS, pack=gzip.compress, suffix=".gz"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, file in zip(stems, files, strict=True):
+        (folder / f"{stem}{suffix}").write_bytes(pack(file))
+
+
+def is_tiny(pair):
+    train, test = pair
+    np.testing.assert_array_equal(train["x"][..., 0], RAW[0].astype(np.float32) / np.float32(255))
+    assert train["x"].dtype == np.float32 and train["y"].dtype == np.int32 and train["y"].tolist() == [7, 0, 9]
+    assert test["x"].shape == (2, 28, 28, 1) and test["x"].max() == 1.0
+    return True
+
+
+# Embedded
+
+
+def test_fashion_small_is_balanced_in_every_ten_rows_and_loads_at_once():
+    start = time.perf_counter()
+    train, test = sets.fashion_small()
+    assert time.perf_counter() - start < 2
+    for part, count in ((train, 10_000), (test, 2_000)):
+        assert part["x"].shape == (count, 28, 28, 1) and part["x"].dtype == np.float32
+        assert part["x"].min() == 0.0 and part["x"].max() == 1.0
+        np.testing.assert_array_equal(part["y"].reshape(-1, 10), np.tile(np.arange(10), (count // 10, 1)))
+
+
+@needs_fashion
+def test_fashion_small_is_the_first_of_each_class_of_the_canonical_files_and_can_be_made_again():
+    whole, small = sets.fashion_mnist(), sets.fashion_mnist(embedded=True)
+    for all_of, some, each in zip(whole, small, (1000, 200), strict=True):
+        for c in range(10):
+            np.testing.assert_array_equal(some["x"][c::10], all_of["x"][all_of["y"] == c][:each])
+    embedded = Path(sets.__file__).parent / "embedded" / "fashion_small.xz"
+    assert make.pixels() == lzma.decompress(embedded.read_bytes())
+
+
+@needs_mnist
+def test_mnist_is_found_and_every_image_has_its_writer():
+    (train, test), writers = sets.mnist(), sets.mnist_writers()
+    assert train["x"].shape == (60_000, 28, 28, 1) and train["y"][:5].tolist() == [5, 0, 4, 1, 9]
+    assert [len(w) for w in writers] == [len(train["y"]), len(test["y"])]
+    sizes = np.unique(writers[0], return_counts=True)[1]
+    assert (len(sizes), sizes.min(), sizes.max(), np.median(sizes)) == (539, 19, 131, 116)
+
+
+def test_the_embedded_folder_stays_below_six_megabytes_and_every_file_has_a_licence():
+    folder = Path(sets.__file__).parent / "embedded"
+    files = [path for path in folder.iterdir() if path.is_file() and path.suffix not in (".py", ".md")]
+    assert sum(path.stat().st_size for path in files) < 6e6
+    licences = (folder / "LICENSES.md").read_text()
+    assert all(f"`{path.name}`" in licences for path in files)
+
+
+# Shakespeare
+
+
+def test_shakespeares_windows_spell_each_roles_speeches_and_never_mix_train_with_test():
+    import json
+
+    train, test, vocabulary = natural.shakespeare(window=50)
+    roles = json.loads(lzma.decompress((Path(natural.__file__).parent / "embedded" / "roles.json.xz").read_bytes()))
+    roles = [speeches for _, _, speeches in roles if len(speeches) >= 2]
+    assert len(train.size) == len(test.size) == len(roles) == 1125
+    assert len(vocabulary) == 75 and len(set(vocabulary)) == 75
+    symbols = np.array(["", *vocabulary])
+    whole = [{k: np.asarray(v) for k, v in part.examples.items()} for part in (train, test)]
+    starts = [np.asarray(part.start) for part in (train, test)]
+    for i in (0, 1, 500, 1124):
+        held = min(len(roles[i]) - 1, -(-len(roles[i]) // 5))
+        for examples, start, part, speeches in zip(
+            whole, starts, (train, test), (roles[i][:-held], roles[i][-held:]), strict=True
+        ):
+            rows = slice(start[i], start[i] + int(part.size[i]))
+            x, y = examples["x"][rows].ravel(), examples["y"][rows].ravel()
+            text = "".join(speech + "\n" for speech in speeches)
+            real = y >= 0
+            assert "".join(symbols[x[real]]) == text[:-1] and "".join(symbols[y[real]]) == text[1:]
+            assert not x[~real].any() and (~real).sum() < 50
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"window": 0}, {"min_speeches": 1}, {"test_fraction": 0.0}, {"test_fraction": 1.0}, {"min_speeches": 10**6}],
+)
+def test_shakespeare_names_the_argument_that_is_out_of_range(wrong):
+    with pytest.raises(ValueError, match=f"shakespeare.{next(iter(wrong))}="):
+        natural.shakespeare(**wrong)
+
+
+# Heart disease
+
+
+def test_heart_has_four_hospitals_with_the_known_sizes_and_shares_of_disease():
+    train, test, names = natural.heart()
+    size = np.asarray(train.size) + np.asarray(test.size)
+    assert names == list(natural.HOSPITALS) and size.tolist() == [303, 294, 123, 200]
+    ill = [
+        sum(int(np.asarray(p.examples["y"])[int(p.start[i]) :][: int(p.size[i])].sum()) for p in (train, test))
+        for i in range(4)
+    ]
+    # UCI's own documentation gives these counts of `num` > 0.
+    assert ill == [139, 106, 115, 149]
+
+
+def test_hearts_columns_are_standardized_one_hot_and_flagged_where_missing():
+    train, test, _ = natural.heart()
+    column = dict(zip(natural.HEART_FEATURES, np.asarray(train.examples["x"]).T, strict=True))
+    assert len(column) == 32 and train.examples["x"].dtype == np.float32
+    for name in ("age", "trestbps", "chol", "thalch", "oldpeak", "ca"):
+        missing = column.get(f"{name} missing", np.zeros(len(column[name]))) == 1
+        assert abs(column[name][~missing].mean()) < 1e-5 and abs(column[name][~missing].std() - 1) < 1e-5
+        assert not column[name][missing].any()
+    for name, values in natural._MANY.items():
+        told = sum(column[f"{name}={value}"] for value in values)
+        np.testing.assert_array_equal(told, 1 - column.get(f"{name} missing", 0))
+    switzerland = slice(int(train.start[2]), int(train.start[2] + train.size[2]))
+    assert column["chol missing"][switzerland].all()  # it wrote 0 for every patient
+    assert np.isin(np.asarray(test.examples["x"])[:, 6:9], [-1, 0, 1]).all()
+
+
+def test_the_row_filed_under_the_wrong_hospital_is_hungarys():
+    with open(Path(natural.__file__).parent / "embedded" / "heart_disease_uci.csv", newline="") as file:
+        row = next(row for row in csv.DictReader(file) if row["id"] == "304")
+    assert row["dataset"] == "Cleveland" and row["age"] == "28"
+    parts = natural.heart()[:2]
+    ages = [np.asarray(p.examples["x"])[int(p.start[1]) :][: int(p.size[1]), 0] for p in parts]
+    everyone = min(np.asarray(p.examples["x"])[:, 0].min() for p in parts)
+    assert min(a.min() for a in ages) == everyone  # 28 is the youngest of all
+
+
+# Finding
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "root/mnist",
+        "root",
+        "home/.cache/jfed/mnist",
+        "work/data/MNIST/raw",
+        "home/data/MNIST/raw",
+        "home/.keras/datasets/mnist",
+    ],
+)
+def test_mnist_is_found_in_the_folder_of(nowhere, tiny, monkeypatch, place):
+    monkeypatch.setenv("JFED_DATA", str(nowhere / "root"))
+    plain = place.startswith("work")
+    put_idx(nowhere / place, pack=bytes if plain else gzip.compress, suffix="" if plain else ".gz")
+    assert is_tiny(sets.mnist())
+
+
+def test_mnist_is_found_in_keras_archive(nowhere, tiny):
+    folder = nowhere / "home/.keras/datasets"
+    folder.mkdir(parents=True)
+    np.savez(folder / "mnist.npz", **dict(zip(("x_train", "y_train", "x_test", "y_test"), RAW, strict=True)))
+    assert is_tiny(sets.mnist())
+
+
+def test_mnist_is_found_in_hugging_faces_cache_if_the_package_is_there(nowhere, tiny, monkeypatch):
+    folder = nowhere / "home/.cache/huggingface/datasets/ylecun___mnist/mnist/0.0.0/abc"
+    folder.mkdir(parents=True)
+    for name in ("train", "test"):
+        (folder / f"mnist-{name}.arrow").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="needs the package `datasets`"):
+        sets.mnist()
+
+    class Dataset:
+        column_names = ["image", "label"]
+
+        def __init__(self, first):
+            self.columns = {"image": list(RAW[first]), "label": RAW[first + 1].astype(np.int64)}
+
+        @classmethod
+        def from_file(cls, path):
+            return cls(0 if path.endswith("train.arrow") else 2)
+
+        def with_format(self, kind):
+            return self
+
+        def __getitem__(self, name):
+            return self.columns[name]
+
+    module = types.ModuleType("datasets")
+    module.Dataset = Dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setattr(_copies.importlib.util, "find_spec", lambda name: module)
+    assert is_tiny(sets.mnist())
+
+
+def test_a_copy_that_is_not_the_canonical_one_is_passed_over_and_told_of(nowhere, tiny, monkeypatch):
+    monkeypatch.setenv("JFED_DATA", str(nowhere / "root"))
+    wrong = [FILES[0], idx(np.array([7, 0, 8], np.uint8)), *FILES[2:]]
+    put_idx(nowhere / "root" / "mnist", wrong)
+    with pytest.raises(FileNotFoundError, match="train-labels-idx1-ubyte is not the canonical file"):
+        sets.mnist()
+    put_idx(nowhere / "home/.keras/datasets/mnist")
+    assert is_tiny(sets.mnist())
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "emnist", "cifar10", "cifar100"])
+def test_a_set_that_is_nowhere_is_one_error_that_lists_every_place_and_a_cure(nowhere, monkeypatch, name):
+    monkeypatch.setenv("JFED_DATA", str(nowhere / "root"))
+    with pytest.raises(FileNotFoundError) as caught:
+        getattr(sets, name)()
+    told = str(caught.value)
+    for part in (str(nowhere / "root"), str(nowhere / "home/.cache/jfed"), "download=True", "$JFED_DATA/"):
+        assert part in told
+    assert str(nowhere / "home/data") in told
+    if name != "emnist":
+        assert str(nowhere / "home/.keras/datasets") in told and "huggingface" in told
+    assert ("fashion_small()" in told) == (name == "fashion_mnist")
+
+
+@pytest.mark.parametrize(("split", "first"), [("balanced", 0), ("letters", 1)])
+def test_emnist_is_upright_and_counts_classes_from_0(nowhere, monkeypatch, split, first):
+    monkeypatch.setenv("JFED_DATA", str(nowhere))
+    stems = [f"emnist-{split}-{p}-{k}-ubyte" for p in ("train", "test") for k in ("images-idx3", "labels-idx1")]
+    files = [idx(RAW[0]), idx(np.array([1, 2, 26], np.uint8)), idx(RAW[2]), idx(np.array([1, 1], np.uint8))]
+    put_idx(nowhere / "emnist" / "gzip", files, stems)
+    train, _ = sets.emnist(split)
+    np.testing.assert_array_equal(train["x"][1, 2, 5, 0], np.float32(RAW[0][1, 5, 2]) / np.float32(255))
+    assert train["y"].tolist() == [1 - first, 2 - first, 26 - first]
+
+
+def test_emnist_refuses_a_split_it_does_not_have():
+    with pytest.raises(ValueError, match="balanced, byclass"):
+        sets.emnist("writers")
+
+
+# Fetching
+
+
+def source(path, **change):
+    content = path.read_bytes()
+    return download.Source(path.as_uri(), "sha256", hashlib.sha256(content).hexdigest())._replace(**change)
+
+
+def test_a_fetched_file_appears_whole(tmp_path):
+    remote = tmp_path / "remote"
+    remote.write_bytes(bytes(300_000))
+    download.fetch(source(remote), tmp_path / "new" / "here")
+    assert (tmp_path / "new" / "here").read_bytes() == bytes(300_000)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize(
+    ("content", "change", "kind", "told"),
+    [
+        (b"data", {"checksum": "0" * 64}, ValueError, "not 0000.*nothing was kept"),
+        (b"data", {"unpacked": True}, ValueError, "not a gzip file"),
+        (gzip.compress(b"data")[:-9], {"unpacked": True}, ValueError, "nothing was kept"),
+        (b"data", {"url": "file:///no/such/file"}, ConnectionError, "cannot be fetched"),
+    ],
+)
+def test_a_wrong_checksum_leaves_nothing_behind(tmp_path, content, change, kind, told):
+    remote = tmp_path / "remote"
+    remote.write_bytes(content)
+    with pytest.raises(kind, match=told):
+        download.fetch(source(remote, **change), tmp_path / "new" / "here")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_mnist_is_fetched_once_and_only_when_asked(nowhere, tiny, monkeypatch):
+    put_idx(nowhere / "remote")
+    monkeypatch.setattr(sets, "_MNIST", TINY._replace(url=(nowhere / "remote").as_uri() + "/"))
+    with pytest.raises(FileNotFoundError):
+        sets.mnist()
+    assert is_tiny(sets.mnist(download=True))
+    monkeypatch.setattr(download, "fetch", None)
+    assert is_tiny(sets.mnist(download=True))
+    assert len(list((nowhere / "home/.cache/jfed/mnist").iterdir())) == 4
+
+
+def test_only_wanted_members_leave_an_archive_and_none_leaves_the_folder(tmp_path):
+    remote = tmp_path / "remote.tar.gz"
+    with tarfile.open(remote, "w:gz") as tar:
+        for name in ("cifar/train", "../../test", "/test_batch", "cifar/readme.html"):
+            entry = tarfile.TarInfo(name)
+            entry.size = 4
+            tar.addfile(entry, io.BytesIO(b"data"))
+        link = tarfile.TarInfo("data_batch_1")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    wanted = {"train", "test", "test_batch", "data_batch_1"}
+    download.fetch_members(source(remote), tmp_path / "a" / "b", wanted.__contains__)
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["test", "test_batch", "train"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "remote.tar.gz"]
+
+    zipped = tmp_path / "remote.zip"
+    with zipfile.ZipFile(zipped, "w") as file:
+        file.writestr("gzip/emnist-x-ubyte.gz", b"one")
+        file.writestr("../emnist-y-ubyte.gz", b"two")
+    download.fetch_members(source(zipped), tmp_path / "c", lambda name: name.endswith(".gz"))
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["emnist-x-ubyte.gz", "emnist-y-ubyte.gz"]
+
+
+def test_a_damaged_archive_is_an_error_and_leaves_nothing_behind(tmp_path):
+    remote = tmp_path / "remote.tar.gz"
+    remote.write_bytes(b"not an archive")
+    with pytest.raises(ValueError, match="archive is damaged"):
+        download.fetch_members(source(remote), tmp_path / "new", lambda name: True)
+    assert list((tmp_path / "new").iterdir()) == []
