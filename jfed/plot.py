@@ -86,12 +86,14 @@ def plot_distribution(
     if not values.size:
         raise ValueError("plot_distribution(values=[]): needs at least one finite value; evaluate some clients first.")
     figure, axes = _canvas(title, xlabel, "clients")
-    mean, tenth = values.mean(), np.quantile(values, 0.1)
+    values = np.sort(values)
+    worst_count = max(1, len(values) // 10)
+    mean, tenth = values.mean(), values[worst_count - 1]
     low, high = values.min(), values.max()
     if low == high:  # a rule would make one bar as wide as the picture
         low, high, bins = low - 0.5, high + 0.5, 11
     edges = np.histogram_bin_edges(values, bins, (low, high))
-    worst, rest = values[values <= tenth], values[values > tenth]
+    worst, rest = values[:worst_count], values[worst_count:]
     axes.hist([worst, rest], edges, stacked=True, color=[COLOURS[1], COLOURS[0]], edgecolor="white", linewidth=0.6)
     # Room above the bars for three lines of text; clients are counted in whole numbers.
     axes.set_ylim(0, 1.32 * np.histogram(values, edges)[0].max())

@@ -35,6 +35,7 @@ __all__ = [
     "open_run",
     "progress",
     "rewind",
+    "rounds_to",
     "rows",
     "table",
 ]
@@ -139,6 +140,32 @@ def rewind(run: Run, round: int) -> None:
     if run.writer:
         kept = [line for line in _lines(run.folder) if json.loads(line)["round"] <= round]
         _write(run.folder / "metrics.jsonl", "".join(kept))
+
+
+def rounds_to(rows: list[dict[str, Any]], name: str, target: float) -> float | None:
+    """Rounds until the best `name` so far reaches `target`, between two rows by linear interpolation.
+
+    This is how McMahan et al. 2017 (arXiv:1602.05629) read their curves.
+
+    Args:
+      rows: of a run, in order; ones where `name` is None count as no better.
+      name: a column where more is better.
+      target: its value to reach.
+
+    Returns:
+      The rounds, or None if it is never reached.
+
+    >>> rounds_to([{"round": 1, "a": 0.5}, {"round": 2, "a": 0.3}, {"round": 3, "a": 0.9}], "a", 0.7)
+    2.5
+    """
+    round_before, best = 0, -math.inf
+    for row in rows:
+        value = -math.inf if row[name] is None else row[name]
+        if value >= target:
+            share = 1.0 if best == -math.inf else (target - best) / (value - best)
+            return round_before + share * (row["round"] - round_before)
+        round_before, best = row["round"], max(best, value)
+    return None
 
 
 def finish(run: Run, summary: Mapping[str, Any], *, show: bool = True) -> None:

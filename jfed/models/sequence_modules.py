@@ -16,12 +16,11 @@ class RecurrentLayer(nnx.Module):
     """One LSTM or GRU layer, its gates in one product."""
 
     def __init__(self, in_features: int, hidden: int, *, cell: Callable, gates: int, num_states: int, rngs: nnx.Rngs):
-        """Makes `input` [in, G], `recurrent` [H, G] (orthogonal by gate) and `bias` [G] (zero)."""
+        """Makes `input` [in, G] and `recurrent` [H, G] (LeCun normal) and `bias` [G] (zero)."""
         self.cell, self.hidden, self.num_states = cell, hidden, num_states
         self.input = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (in_features, gates * hidden)))
-        keys = jax.random.split(rngs.params(), gates)
-        blocks = jax.vmap(lambda key: nnx.initializers.orthogonal()(key, (hidden, hidden)))(keys)
-        self.recurrent = nnx.Param(jnp.concatenate(list(blocks), axis=1))
+        # flax's own cells start this one orthogonal: a QR decomposition, which XLA:CPU can hang on under vmap.
+        self.recurrent = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (hidden, gates * hidden)))
         self.bias = nnx.Param(jnp.zeros(gates * hidden))
 
     def __call__(self, x: jax.Array) -> jax.Array:
