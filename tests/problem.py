@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jfed import local, shuffle
+from jfed import shuffle
 from jfed.core import Cohort, Population, make_cohort
 
 FEATURES, CLASSES, CLIENTS = 4, 3, 12
@@ -86,4 +86,3 @@ def close(a, b, tolerance=1e-5):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
-SGD = local.sgd  # the factory most tests use

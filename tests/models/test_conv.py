@@ -1,0 +1,144 @@
+"""The kit's convolution and pooling against those of `jax.lax` and flax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jfed.models import conv2d, max_pool
+from jfed.models.modules import Conv
+
+CASES = [((3, 3), "SAME"), ((2, 4), "SAME"), ((5, 2), "VALID"), ((1, 1), "VALID"), ((3, 2), ((2, 0), (1, 5)))]
+OVERHANG = ((2, 2), ((3, 1), (0, 2)))  # more padding than the kernel is wide: the gradient pads by less than nothing
+
+
+def reference(x, kernel, *, padding):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def inputs(kernel_size, leading=()):
+    a, b, c, d = jax.random.split(jax.random.key(0), 4)
+    x_shape, k_shape = (*leading, 2, 6, 7, 3), (*leading, *kernel_size, 3, 4)
+    return tuple(jax.random.normal(k, s) for k, s in zip((a, b, c, d), (x_shape, k_shape) * 2, strict=True))
+
+
+def close(a, b):
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-4, atol=1e-4), a, b)
+
+
+def derivatives(conv, padding):
+    """Value, gradient, and gradient of the gradient's product with (v, w), at (x, kernel)."""
+
+    def value(x, k):
+        return jnp.sum(jnp.sin(conv(x, k, padding=padding)))
+
+    def slope(x, k, v, w):
+        dx, dk = jax.grad(value, (0, 1))(x, k)
+        return jnp.vdot(dx, v) + jnp.vdot(dk, w)
+
+    return lambda x, k, v, w: (value(x, k), jax.grad(value, (0, 1))(x, k), jax.grad(slope, (0, 1))(x, k, v, w))
+
+
+@pytest.mark.parametrize(("kernel_size", "padding"), [*CASES, OVERHANG])
+def test_conv2d_equals_lax_with_first_and_second_derivatives(kernel_size, padding):
+    args = inputs(kernel_size)
+    close(*(jax.jit(derivatives(conv, padding))(*args) for conv in (conv2d, reference)))
+
+
+@pytest.mark.parametrize("lead", [1, 3])
+def test_vmap_over_clients_equals_lax_with_first_and_second_derivatives(lead):
+    args = inputs((3, 2), (lead,))
+    close(*(jax.jit(jax.vmap(derivatives(conv, "SAME")))(*args) for conv in (conv2d, reference)))
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0)])
+def test_vmap_over_one_argument_equals_lax(axes):
+    x, kernel, *_ = inputs((3, 3), (3,))
+    args = tuple(a if axis == 0 else a[0] for a, axis in zip((x, kernel), axes, strict=True))
+
+    def grads(conv):
+        total = lambda x, k: jnp.sum(jnp.sin(conv(x, k, padding="SAME")))
+        return jax.jit(jax.vmap(jax.value_and_grad(total, (0, 1)), axes))(*args)
+
+    close(grads(conv2d), grads(reference))
+
+
+def test_vmap_of_vmap_equals_lax():
+    x, kernel, *_ = inputs((2, 2), (2, 3))
+    close(
+        *(
+            jax.jit(jax.vmap(jax.vmap(lambda x, k, c=c: c(x, k, padding="SAME"))))(x, kernel)
+            for c in (conv2d, reference)
+        )
+    )
+
+
+def test_conv2d_equals_lax_inside_scan_checkpoint_and_shard_map():
+    x, kernel, *_ = inputs((3, 3), (8,))
+    mesh = jax.make_mesh((8,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def grads(conv):
+        total = jax.checkpoint(lambda k, x: jnp.sum(jnp.sin(conv(x, k, padding="SAME"))))
+
+        def descend(k, x):
+            return jax.lax.scan(lambda k, _: (k - 0.01 * jax.vmap(jax.grad(total))(k, x), None), k, length=2)[0]
+
+        return jax.jit(jax.shard_map(descend, mesh=mesh, in_specs=P("clients"), out_specs=P("clients")))(kernel, x)
+
+    close(grads(conv2d), grads(reference))
+
+
+def test_no_convolution_is_grouped_on_cpu_however_many_clients():
+    x, kernel, *_ = inputs((3, 3), (4,))
+    total = lambda x, k: jnp.sum(jnp.sin(conv2d(x, k)))
+    text = jax.jit(jax.vmap(jax.grad(total, (0, 1)))).lower(x, kernel).as_text()
+    assert "stablehlo.convolution" in text
+    assert "feature_group_count = 4" not in text and "batch_group_count = 4" not in text
+
+
+@pytest.mark.parametrize("padding", ["same", 2, ((1, 1),)])
+def test_an_unknown_padding_is_refused_with_the_cure(padding):
+    with pytest.raises(ValueError, match=r"conv2d\(padding=.*write \(\(p, p\), \(p, p\)\)"):
+        conv2d(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1)), padding=padding)
+
+
+def test_an_image_without_channels_is_refused_with_the_cure():
+    with pytest.raises(ValueError, match=r"add the channel axis with x\[\.\.\., None\]"):
+        conv2d(jnp.ones((1, 4, 4)), jnp.ones((3, 3, 1, 1)))
+
+
+def test_forward_mode_is_refused_and_reverse_over_reverse_gives_the_hessian_vector_product():
+    x, kernel, _, w = inputs((2, 2))
+    value = lambda k: jnp.sum(jnp.sin(conv2d(x, k)))
+    with pytest.raises(TypeError):
+        jax.jvp(value, (kernel,), (w,))
+    ours = jax.grad(lambda k: jnp.vdot(jax.grad(value)(k), w))(kernel)
+    close(ours, jax.jvp(jax.grad(lambda k: jnp.sum(jnp.sin(reference(x, k, padding="SAME")))), (kernel,), (w,))[1])
+
+
+@pytest.mark.parametrize("side", [6, 7])
+def test_max_pool_equals_reduce_window_with_gradient_and_drops_what_is_left_over(side):
+    x = jax.random.normal(jax.random.key(0), (2, side, side + 1, 3))
+    theirs = lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    grads = (jax.value_and_grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(x) for f in (max_pool, theirs))
+    close(*grads)
+
+
+@pytest.mark.parametrize("value", [1.0, jnp.nan])
+def test_of_equal_values_in_a_pool_the_first_takes_the_gradient_and_nan_stays_nan(value):
+    x = jnp.array([[0.0, value], [value, value]]).reshape(1, 2, 2, 1)
+    out, grad = jax.value_and_grad(lambda x: max_pool(x).sum())(x)
+    np.testing.assert_array_equal(out, value)
+    np.testing.assert_array_equal(grad.ravel(), [0.0, 1.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("kernel_size", [3, (2, 5)])
+def test_conv_layer_equals_that_of_flax_under_the_same_parameter_names(kernel_size):
+    sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    ours, theirs = Conv(3, 4, kernel_size, rngs=nnx.Rngs(0)), nnx.Conv(3, 4, sides, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 6, 6, 3))
+    assert ours.kernel.shape == theirs.kernel.shape and ours.bias.shape == theirs.bias.shape
+    np.testing.assert_array_equal(ours.kernel[...], theirs.kernel[...])
+    close(ours(x), theirs(x))

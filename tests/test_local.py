@@ -1,0 +1,167 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+from problem import PARAMS, SIZES, close, cohort_of, examples_of, numpy_gradient, numpy_sgd_client
+
+from jfed import local, tree
+from jfed.core import Shared
+
+KEY = jax.random.key(11)
+
+
+def run_alone(work, i, *, steps=None, params=PARAMS, round=0):
+    """What one client keeps and adds, by the definition of ClientWork."""
+    cohort = cohort_of([i], work)
+    shared = Shared(params, cohort.examples, KEY, jnp.int32(round))
+    client = tree.take(cohort._replace(examples=()), 0)
+    step = jax.jit(work.step)
+    carry = work.start(shared, client)
+    for t in range(int(client.steps) if steps is None else steps):
+        carry = step(shared, client, carry, jnp.int32(t))
+    return work.finish(shared, client, carry)
+
+
+def model_of(kept, params=PARAMS):
+    return jax.tree.map(lambda p, k: p - k, params, kept)
+
+
+@pytest.mark.parametrize(("batch_size", "epochs"), [(4, 1), (4, 3), (1, 2), (7, 1), (50, 2)])
+@pytest.mark.parametrize("i", [0, 1, 3])
+def test_sgd_follows_the_plain_loop(i, batch_size, epochs):
+    work = local.sgd(problem.loss, optax.sgd(0.2), batch_size=batch_size, epochs=epochs)
+    kept, _ = run_alone(work, i)
+    expected = numpy_sgd_client(PARAMS, i, KEY, learning_rate=0.2, batch_size=batch_size, epochs=epochs)
+    close(model_of(kept), expected)
+
+
+def rows_seen(work, i):
+    """Row numbers of each batch, padding left out."""
+    seen = []
+
+    def watching(params, batch, key):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), batch["x"])
+        return problem.loss(params, batch, key)
+
+    watch = local.sgd(watching, optax.sgd(0.0), batch_size=work, epochs=3)
+    run_alone(watch, i)
+    jax.effects_barrier()
+    data = examples_of(i)["x"]
+    return [[int(np.flatnonzero((data == row).all(1))[0]) for row in batch] for batch in seen]
+
+
+def test_each_epoch_visits_every_example_once_in_a_new_order():
+    n, size = 4, int(SIZES[0])
+    batches = rows_seen(n, 0)
+    epochs = [sum((b if e % 2 == 0 else b[: size - n] for e, b in enumerate(batches[2 * k : 2 * k + 2])), []) for k in range(3)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_a_short_batch_weighs_its_examples_and_nothing_else():
+    """Client 0 has 7 examples: one step of 4, then one of 3 whose gradient is the mean of 3."""
+    work = local.sgd(problem.loss, optax.sgd(1.0), batch_size=4)
+    _, added = run_alone(work, 0)
+    assert float(added["examples"]) == 7
+
+
+def test_loss_reported_is_the_sum_over_examples_met():
+    frozen = local.sgd(problem.loss, optax.sgd(0.0), batch_size=3, epochs=2)
+    _, added = run_alone(frozen, 0)
+    data = {k: jnp.asarray(v) for k, v in examples_of(0).items()}
+    np.testing.assert_allclose(added["loss"], 2 * problem.loss(PARAMS, data, None).sum(), rtol=1e-5)
+    assert float(added["examples"]) == 14
+
+
+@pytest.mark.parametrize("chunk_size", [3, 7, 64])
+def test_full_batch_steps_are_gradient_descent_whatever_the_chunks(chunk_size):
+    work = local.full_batch(problem.loss, optax.sgd(0.3), epochs=2, chunk_size=chunk_size)
+    kept, _ = run_alone(work, 0)
+    data, w = examples_of(0), {k: np.asarray(v, np.float64) for k, v in PARAMS.items()}
+    for _ in range(2):
+        g = numpy_gradient(w, data["x"], data["y"])
+        w = {k: w[k] - 0.3 * g[k] for k in w}
+    close(model_of(kept), w)
+
+
+def test_full_batch_stopped_in_the_middle_of_a_pass_keeps_the_passes_done():
+    work = local.full_batch(problem.loss, optax.sgd(0.3), epochs=2, chunk_size=3)  # 7 examples: 3 chunks
+    close(run_alone(work, 0, steps=5)[0], run_alone(work, 0, steps=3)[0])
+
+
+@pytest.mark.parametrize("chunk_size", [3, 64])
+def test_gradient_is_the_mean_over_the_clients_examples(chunk_size):
+    kept, added = run_alone(local.gradient(problem.loss, chunk_size=chunk_size), 0)
+    close(kept, numpy_gradient({k: np.asarray(v) for k, v in PARAMS.items()}, *examples_of(0).values()))
+    assert float(added["examples"]) == 7
+
+
+def test_an_epoch_of_one_batch_is_a_full_batch_step():
+    mini = local.sgd(problem.loss, optax.sgd(0.3), batch_size=64)
+    full = local.full_batch(problem.loss, optax.sgd(0.3))
+    close(run_alone(mini, 0)[0], run_alone(full, 0)[0])
+
+
+def test_any_optax_optimizer_trains_the_client():
+    work = local.sgd(problem.loss, optax.adamw(0.01), batch_size=64)
+    kept, _ = run_alone(work, 0)
+    optimizer = optax.adamw(0.01)
+    gradient = jax.tree.map(
+        jnp.float32, numpy_gradient({k: np.asarray(v) for k, v in PARAMS.items()}, *examples_of(0).values())
+    )
+    updates, _ = optimizer.update(gradient, optimizer.init(PARAMS), PARAMS)
+    close(kept, jax.tree.map(jnp.negative, updates), tolerance=1e-4)
+
+
+def test_the_optimizer_is_told_the_anchor_the_round_and_the_loss():
+    def update_fn(updates, state, params=None, *, anchor, round, value):
+        pull = jax.tree.map(lambda p, a: p - a, params, anchor)
+        return jax.tree.map(lambda g, d: -0.1 * g - 0.5 * d + round + 0.0 * value, updates, pull), state
+
+    told = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+    work = local.sgd(problem.loss, told, batch_size=64, epochs=2)
+    kept, _ = run_alone(work, 0, round=3)
+    data, w = examples_of(0), {k: np.asarray(v, np.float64) for k, v in PARAMS.items()}
+    for _ in range(2):
+        g = numpy_gradient(w, data["x"], data["y"])
+        w = {k: w[k] - 0.1 * g[k] - 0.5 * (w[k] - np.asarray(PARAMS[k])) + 3 for k in w}
+    close(model_of(kept), w)
+
+
+def test_a_rate_that_decays_over_rounds_scales_the_steps():
+    decayed = optax.chain(optax.sgd(0.2), local.scale_by_round(lambda t: 0.5**t))
+    plain = local.sgd(problem.loss, optax.sgd(0.05), batch_size=4)
+    close(run_alone(local.sgd(problem.loss, decayed, batch_size=4), 0, round=2)[0], run_alone(plain, 0)[0])
+
+
+def test_a_loss_draws_differently_in_every_step_and_client():
+    def noisy(params, batch, key):
+        return params["b"][:1].repeat(batch["y"].shape[0]) * jax.random.normal(key)
+
+    work = local.sgd(noisy, optax.sgd(1.0), batch_size=1)
+    first = {i: float(run_alone(work, i, steps=1)[0]["b"][0]) for i in (0, 3)}
+    second = float(run_alone(work, 0, steps=2)[0]["b"][0]) - first[0]
+    assert len({round(v, 5) for v in (first[0], first[3], second)}) == 3
+
+
+def test_a_loss_that_averages_the_batch_is_refused():
+    work = local.sgd(lambda *a: problem.loss(*a).mean(), optax.sgd(0.1), batch_size=4)
+    with pytest.raises(ValueError, match="must return one value an example; leave out the mean"):
+        run_alone(work, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: local.sgd(problem.loss, optax.sgd(0.1), batch_size=0), r"sgd\(batch_size=0\)"),
+        (lambda: local.sgd(problem.loss, optax.sgd(0.1), batch_size=10, epochs=0), r"sgd\(epochs=0\)"),
+        (lambda: local.full_batch(problem.loss, optax.sgd(0.1), epochs=0), r"full_batch\(epochs=0\)"),
+        (lambda: local.full_batch(problem.loss, optax.sgd(0.1), chunk_size=0), r"full_batch\(chunk_size=0\)"),
+        (lambda: local.gradient(problem.loss, chunk_size=1.5), r"gradient\(chunk_size=1.5\)"),
+    ],
+)
+def test_settings_that_are_no_counts_are_refused(make, message):
+    with pytest.raises(ValueError, match=message + ".*at least 1"):
+        make()

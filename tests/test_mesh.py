@@ -1,0 +1,34 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from jfed import mesh
+
+
+def test_a_mesh_takes_all_devices_and_has_automatic_axes():
+    made = mesh.make()
+    assert made.shape == {"clients": 8} and made.axis_types == (AxisType.Auto,)
+
+
+def test_a_mesh_may_take_some_devices_along_several_axes():
+    assert mesh.make((2, 3), ("a", "b")).shape == {"a": 2, "b": 3}
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "message"),
+    [((9,), ("clients",), "needs 9 devices and there are 8"), ((2, 2), ("a",), "exactly one name")],
+)
+def test_a_mesh_that_cannot_be_is_refused(shape, names, message):
+    with pytest.raises(ValueError, match=message):
+        mesh.make(shape, names)
+
+
+def test_replicating_puts_every_leaf_on_every_device_unchanged():
+    values = {"a": jnp.arange(3.0), "n": 3, "key": jax.random.key(4)}
+    copied = mesh.replicate(values, mesh.make((4,)))
+    assert len(copied["a"].devices()) == 4 and copied["a"].is_fully_replicated
+    np.testing.assert_array_equal(copied["a"], values["a"])
+    assert int(copied["n"]) == 3
+    np.testing.assert_array_equal(jax.random.key_data(copied["key"]), jax.random.key_data(values["key"]))

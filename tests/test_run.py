@@ -1,0 +1,212 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+from problem import PARAMS, POPULATION, SIZES
+
+from jfed import checkpoint, local, report, run, sampling, tree
+from jfed.algorithms import fedavg, fedavgm
+from jfed.clients import lanes, vectorised
+from jfed.core import Algorithm, Population
+
+KEY = jax.random.key(2)
+WORK = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4)
+METHOD = fedavgm(WORK, client_map=lanes(3))
+SAMPLER = sampling.uniform(5, steps=WORK.steps)
+
+
+def scan(rounds, start=0, state=None, key=KEY, method=METHOD):
+    state = method.init(PARAMS) if state is None else state
+    return run.scan_rounds(method, SAMPLER, POPULATION, state, key, rounds=rounds, start=start)
+
+
+def test_a_compiled_run_equals_round_after_round():
+    state = METHOD.init(PARAMS)
+    for t in range(4):
+        sample_key, round_key = jax.random.split(jax.random.fold_in(KEY, t))
+        state, metrics = METHOD.round(state, SAMPLER(POPULATION, sample_key, t), round_key)
+    whole, all_metrics = scan(4)
+    problem.close(whole, state)
+    problem.close(tree.take(all_metrics, 3), metrics)
+
+
+def test_a_run_cut_in_two_ends_in_the_same_bits():
+    first, _ = scan(3)
+    second, _ = scan(3, start=3, state=first)
+    stretch, _ = scan(3)
+    whole, _ = scan(3, start=3, state=stretch)
+    problem.close(second, whole, tolerance=0)
+    problem.close(second, scan(6)[0])
+
+
+@pytest.mark.parametrize("every", [1, 2, 4, 7])
+def test_iterate_yields_the_same_run_in_stretches(every):
+    state, metrics = scan(6)
+    moments = list(run.iterate(METHOD, SAMPLER, POPULATION, METHOD.init(PARAMS), KEY, rounds=6, every=every))
+    assert [m.round for m in moments] == [*range(every, 6, every), 6]
+    problem.close(moments[-1].state, state)
+    losses = jnp.concatenate([m.metrics["loss"] for m in moments])
+    problem.close(losses, metrics["loss"])
+
+
+def test_iterate_takes_up_a_run_at_the_same_boundaries():
+    moments = list(run.iterate(METHOD, SAMPLER, POPULATION, METHOD.init(PARAMS), KEY, rounds=8, start=3, every=4))
+    assert [m.round for m in moments] == [4, 8]
+
+
+def test_many_rounds_are_traced_once():
+    traces = []
+
+    def round_fn(*args):
+        traces.append(1)
+        return METHOD.round(*args)
+
+    counted = Algorithm(METHOD.init, round_fn, METHOD.params)
+    for _ in run.iterate(counted, SAMPLER, POPULATION, counted.init(PARAMS), KEY, rounds=12, every=2):
+        pass
+    scan(2, start=5, method=counted, key=jax.random.key(9))
+    assert len(traces) == 1
+
+
+def test_learning_rates_run_side_by_side_as_they_run_alone():
+    def whole_run(learning_rate):
+        work = local.sgd(problem.loss, optax.sgd(learning_rate), batch_size=4)
+        return scan(2, method=fedavg(work, client_map=vectorised()))[0].params
+
+    rates = jnp.array([0.05, 0.2])
+    together = jax.jit(jax.vmap(whole_run))(rates)
+    for i, rate in enumerate(rates):
+        problem.close(tree.take(together, i), whole_run(float(rate)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 256])
+def test_evaluate_is_the_exact_mean_whatever_the_batches(batch_size):
+    result = run.evaluate(problem.metrics, PARAMS, POPULATION.examples, batch_size=batch_size)
+    loss = problem.loss(PARAMS, POPULATION.examples, None)
+    np.testing.assert_allclose(result["loss"], loss.mean(), rtol=1e-5)
+
+
+def test_evaluate_weighs_examples_by_what_they_count():
+    def metrics(params, batch):
+        return {"score": (batch["x"][:, 0] * batch["y"], batch["y"].astype(jnp.float32))}
+
+    x, y = POPULATION.examples["x"][:, 0], POPULATION.examples["y"]
+    result = run.evaluate(metrics, PARAMS, POPULATION.examples, batch_size=7)
+    np.testing.assert_allclose(result["score"], (x * y).sum() / y.sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("client_map", [lanes(1), lanes(5), vectorised()], ids=["lanes(1)", "lanes(5)", "vectorised"])
+def test_evaluate_clients_judges_each_on_its_own_examples(client_map):
+    result = run.evaluate_clients(problem.metrics, PARAMS, POPULATION, batch_size=4, client_map=client_map)
+    for i in range(12):
+        data = {k: jnp.asarray(v) for k, v in problem.examples_of(i).items()}
+        np.testing.assert_allclose(result["loss"][i], problem.loss(PARAMS, data, None).mean(), rtol=1e-5)
+
+
+def test_a_client_without_examples_scores_nan_and_harms_nobody():
+    hollow = POPULATION._replace(size=POPULATION.size.at[3].set(0))
+    result = run.evaluate_clients(problem.metrics, PARAMS, hollow)["accuracy"]
+    whole = run.evaluate_clients(problem.metrics, PARAMS, POPULATION)["accuracy"]
+    assert np.isnan(result[3])
+    np.testing.assert_array_equal(np.delete(result, 3), np.delete(whole, 3))
+
+
+def recorded(folder, rounds, *, stop_after=None, key=KEY, resume=False):
+    """Rows and final params of a recorded run, left after `stop_after` yields as a kill would leave it."""
+    opened = report.open_run(folder, {"rounds": rounds}, resume=resume)
+    rows = []
+    for row, params in run.record(
+        opened,
+        METHOD,
+        SAMPLER,
+        POPULATION,
+        PARAMS,
+        key,
+        rounds=rounds,
+        every=2,
+        judge=lambda params: run.evaluate(problem.metrics, params, POPULATION.examples),
+    ):
+        rows.append(row)
+        if len(rows) == stop_after:
+            break
+    return rows, params
+
+
+def without_seconds(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_a_recorded_run_equals_the_plain_one_and_leaves_its_rows(tmp_path):
+    rows, params = recorded(tmp_path / "run", 5)
+    problem.close(params, scan(5)[0].params)
+    assert report.rows(tmp_path / "run") == rows
+    assert [row["round"] for row in rows] == [2, 4, 5]
+    numbers = 4 * 3 + 3
+    assert [row["bytes_up"] for row in rows] == [4 * numbers * 5 * r for r in (2, 4, 5)]
+    assert rows[-1]["bytes_down"] == rows[-1]["bytes_up"]
+
+
+def test_a_recorded_run_resumed_ends_in_the_same_bits_and_rows(tmp_path):
+    rows, params = recorded(tmp_path / "whole", 8)
+    recorded(tmp_path / "cut", 8, stop_after=2)
+    report.log(report.open_run(tmp_path / "cut", {"rounds": 8}, resume=True), {"round": 6, "note": "past the checkpoint"})
+    _, resumed = recorded(tmp_path / "cut", 8, resume=True)
+    problem.close(resumed, params, tolerance=0)
+    assert without_seconds(report.rows(tmp_path / "cut")) == without_seconds(rows)
+
+
+def test_a_run_killed_after_its_last_round_only_repeats_its_last_row(tmp_path):
+    rows, params = recorded(tmp_path / "run", 4)
+    again, same = recorded(tmp_path / "run", 4, resume=True)
+    assert again == rows[-1:]
+    problem.close(same, params, tolerance=0)
+
+
+def test_a_checkpoint_made_with_another_key_is_refused(tmp_path):
+    recorded(tmp_path / "run", 4, stop_after=1)
+    with pytest.raises(ValueError, match="made with another key"):
+        recorded(tmp_path / "run", 4, key=jax.random.key(3), resume=True)
+
+
+def test_bytes_past_32_bits_are_counted(tmp_path):
+    huge = Algorithm(
+        init=lambda params: jnp.zeros(()),
+        round=lambda state, cohort, key: (
+            state,
+            {"uploads": jnp.int32(1000), "upload_bytes": np.uint32(3_000_000_000), "downloads": jnp.int32(0),
+             "download_bytes": np.uint32(8)},
+        ),
+        params=lambda state: state,
+    )  # fmt: skip
+    opened = report.open_run(tmp_path / "run", {})
+    rows = [row for row, _ in run.record(opened, huge, SAMPLER, POPULATION, PARAMS, KEY, rounds=3, every=3)]
+    assert (rows[-1]["bytes_up"], rows[-1]["bytes_down"]) == (9_000_000_000_000, 0)
+    assert checkpoint.latest(opened.checkpoints) == 3
+
+
+def test_growing_a_population_needs_no_new_program_of_another_algorithm():
+    """Sizes and starts are data: clients may come to own other rows between two runs."""
+    half = Population(POPULATION.examples, POPULATION.start, jnp.asarray(np.maximum(SIZES // 2, 1)))
+    before = run.scan_rounds._cache_size()
+    for population in (POPULATION, half):
+        run.scan_rounds(METHOD, SAMPLER, population, METHOD.init(PARAMS), KEY, rounds=9)
+    assert run.scan_rounds._cache_size() == before + 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: scan(0), r"scan_rounds\(rounds=0\)"),
+        (lambda: next(run.iterate(METHOD, SAMPLER, POPULATION, None, KEY, rounds=2, every=0)), r"iterate\(every=0\)"),
+        (lambda: run.evaluate(problem.metrics, PARAMS, POPULATION.examples, batch_size=0), r"evaluate\(batch_size=0\)"),
+        (
+            lambda: run.evaluate_clients(problem.metrics, PARAMS, POPULATION, batch_size=0),
+            r"evaluate_clients\(batch_size=0\)",
+        ),
+    ],
+)
+def test_numbers_that_are_no_counts_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,54 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jfed import shuffle
+
+KEYS = jax.random.split(jax.random.key(0), 24_000)
+
+
+def orders(n, keys=KEYS):
+    place = jax.jit(jax.vmap(shuffle.position, (0, None, None)))
+    return np.asarray(place(keys, jnp.arange(n), jnp.int32(n)))
+
+
+def p_value_of_uniform(counts):
+    return stats.chisquare(counts).pvalue
+
+
+def all_orders_counted(n, drawn):
+    codes = drawn @ (10 ** np.arange(n))
+    return [int((codes == np.dot(order, 10 ** np.arange(n))).sum()) for order in itertools.permutations(range(n))]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 63, 64, 65, 600, 5000])
+def test_every_index_is_visited_exactly_once(n):
+    drawn = orders(n, KEYS[:20])
+    np.testing.assert_array_equal(np.sort(drawn, axis=1), np.tile(np.arange(n), (20, 1)))
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_all_orders_are_equally_likely(n):
+    assert p_value_of_uniform(all_orders_counted(n, orders(n))) > 1e-3
+
+
+def test_a_shuffle_of_too_few_rounds_would_be_noticed(monkeypatch):
+    monkeypatch.setattr(shuffle, "ROUNDS", 3)
+    jax.clear_caches()
+    assert p_value_of_uniform(all_orders_counted(4, orders(4))) < 1e-6
+
+
+def test_places_and_neighbours_of_a_larger_set_are_uniform():
+    drawn = orders(50)
+    assert p_value_of_uniform(np.bincount(drawn[:, 3], minlength=50)) > 1e-3
+    step = (drawn[:, 4] - drawn[:, 3]) % 50
+    assert p_value_of_uniform(np.bincount(step, minlength=50)[1:]) > 1e-3
+
+
+def test_the_order_does_not_depend_on_which_places_are_asked_for():
+    some = shuffle.position(KEYS[0], jnp.array([[6, 2], [0, 0]]), 7)
+    np.testing.assert_array_equal(some, orders(7, KEYS[:1])[0][[[6, 2], [0, 0]]])

@@ -1,0 +1,39 @@
+import jax.numpy as jnp
+import numpy as np
+
+from jfed import tree
+
+ROWS = {"a": jnp.arange(6.0).reshape(3, 2), "b": jnp.arange(3)}
+
+
+def test_take_reads_rows_and_repeats_the_last_past_the_end():
+    taken = tree.take(ROWS, jnp.array([2, 7]))
+    np.testing.assert_array_equal(taken["a"], [[4, 5], [4, 5]])
+    np.testing.assert_array_equal(taken["b"], [2, 2])
+
+
+def test_put_writes_rows_and_nothing_past_the_end():
+    written = tree.put(ROWS, jnp.array([1, 3]), tree.take(ROWS, jnp.array([0, 0])))
+    np.testing.assert_array_equal(written["a"], [[0, 1], [0, 1], [4, 5]])
+    np.testing.assert_array_equal(written["b"], [0, 0, 2])
+
+
+def test_select_spreads_its_mask_over_trailing_axes():
+    chosen = tree.select(jnp.array([True, False, True]), ROWS, tree.zeros(ROWS))
+    np.testing.assert_array_equal(chosen["a"], [[0, 1], [0, 0], [4, 5]])
+    np.testing.assert_array_equal(chosen["b"], [0, 0, 2])
+
+
+def test_zeros_takes_leading_axes_and_keeps_dtypes():
+    made = tree.zeros(ROWS, (5,))
+    assert made["a"].shape == (5, 3, 2) and made["b"].dtype == ROWS["b"].dtype
+
+
+def test_all_finite_sees_a_nan_or_an_infinity_in_any_leaf_and_ignores_integers():
+    assert tree.all_finite(ROWS)
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        assert not tree.all_finite({**ROWS, "a": ROWS["a"].at[1, 1].set(bad)})
+
+
+def test_nbytes_counts_every_leaf_in_its_own_dtype():
+    assert tree.nbytes({"a": jnp.zeros((3, 2), jnp.bfloat16), "b": jnp.zeros(5, jnp.int8), "c": ()}) == 17
