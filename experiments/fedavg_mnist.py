@@ -47,7 +47,14 @@ class Config(experiment.Options):
 
 CELLS = {
     ("cnn", "iid"): {"epochs": 5, "rounds": 50, "learning_rate": 0.215, "decay": 0.95, "decay_rounds": 25, "every": 1},
-    ("cnn", "shards"): {"epochs": 5, "rounds": 500, "learning_rate": 0.1, "decay": 0.99, "decay_rounds": 10, "every": 1},
+    ("cnn", "shards"): {
+        "epochs": 5,
+        "rounds": 500,
+        "learning_rate": 0.1,
+        "decay": 0.99,
+        "decay_rounds": 10,
+        "every": 1,
+    },
     ("2nn", "iid"): {"epochs": 1, "rounds": 200, "learning_rate": 0.1, "decay": 1.0, "decay_rounds": 1, "every": 1},
     ("2nn", "shards"): {"epochs": 1, "rounds": 800, "learning_rate": 0.1, "decay": 1.0, "decay_rounds": 1, "every": 5},
 }

@@ -88,7 +88,10 @@ def main(config: Config) -> None:
             reference={f"most frequent next {100 * baseline:.1f} %": 100 * baseline},
         )
         plot.plot_distribution(
-            folder.folder / "clients.png", 100 * own, xlabel="accuracy on the role's held-out speeches, %", title="Roles"
+            folder.folder / "clients.png",
+            100 * own,
+            xlabel="accuracy on the role's held-out speeches, %",
+            title="Roles",
         )
         return {
             "accuracy": row["accuracy"],

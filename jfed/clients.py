@@ -171,8 +171,10 @@ def sharded(mesh: Mesh, inner: ClientMap, *, axis: str = "clients") -> ClientMap
             return kept, lax.psum(added, axis)
 
         kept, added = on_each_device(shared, dealt)
-        place = jnp.zeros(count, jnp.int32).at[jnp.where(real, hand, count)].set(
-            jnp.arange(rounds * n, dtype=jnp.int32), mode="drop"
+        place = (
+            jnp.zeros(count, jnp.int32)
+            .at[jnp.where(real, hand, count)]
+            .set(jnp.arange(rounds * n, dtype=jnp.int32), mode="drop")
         )
         return tree.take(kept, place), added
 

@@ -1,7 +1,7 @@
 """What every experiment script shares: its command line, its seeds, its folders.
 
-    out/config.json  out/summary.json            the experiment: means over seeds
-    out/seed_0/ ...                              one run folder a seed (`jfed.report`)
+out/config.json  out/summary.json            the experiment: means over seeds
+out/seed_0/ ...                              one run folder a seed (`jfed.report`)
 """
 
 import dataclasses

@@ -35,9 +35,7 @@ def make(shape: Sequence[int] | None = None, names: Sequence[str] = ("clients",)
             f"make(shape={shape}): needs {needed} devices and there are {jax.device_count()}; use a smaller shape, "
             "or on CPU set XLA_FLAGS=--xla_force_host_platform_device_count before JAX starts."
         )
-    return jax.make_mesh(
-        shape, tuple(names), axis_types=(AxisType.Auto,) * len(shape), devices=jax.devices()[:needed]
-    )
+    return jax.make_mesh(shape, tuple(names), axis_types=(AxisType.Auto,) * len(shape), devices=jax.devices()[:needed])
 
 
 def shard_map(*, mesh: Mesh, in_specs, out_specs) -> Callable[[Callable], Callable]:

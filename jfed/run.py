@@ -171,9 +171,7 @@ def record(
 
     began = time.monotonic() - row["seconds"]
     with report.progress(rounds, description, start=start, writer=run.writer) as advance:
-        for moment in iterate(
-            algorithm, sampler, population, state, key, rounds=rounds, start=start, every=every
-        ):
+        for moment in iterate(algorithm, sampler, population, state, key, rounds=rounds, start=start, every=every):
             done = moment.round - row["round"]
             row = {
                 "round": moment.round,

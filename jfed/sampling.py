@@ -131,7 +131,6 @@ def _clients_for(where: str, wanted: int, population: Population, name: str = "c
     n = population.size.shape[0]
     if wanted > n:
         raise ValueError(
-            f"{where}({name}={wanted}): the population has {n} clients; ask for at most {n}, "
-            "or draw with_replacement."
+            f"{where}({name}={wanted}): the population has {n} clients; ask for at most {n}, or draw with_replacement."
         )
     return n

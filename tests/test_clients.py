@@ -134,7 +134,9 @@ def test_dealing_balances_local_steps_over_devices():
     done = {}
     work = WORK._replace(
         step=lambda shared, client, carry, t: (
-            jax.debug.callback(lambda d: done.__setitem__(int(d), done.get(int(d), 0) + 1), jax.lax.axis_index("clients")),
+            jax.debug.callback(
+                lambda d: done.__setitem__(int(d), done.get(int(d), 0) + 1), jax.lax.axis_index("clients")
+            ),
             WORK.step(shared, client, carry, t),
         )[1]
     )

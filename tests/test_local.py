@@ -55,7 +55,10 @@ def rows_seen(work, i):
 def test_each_epoch_visits_every_example_once_in_a_new_order():
     n, size = 4, int(SIZES[0])
     batches = rows_seen(n, 0)
-    epochs = [sum((b if e % 2 == 0 else b[: size - n] for e, b in enumerate(batches[2 * k : 2 * k + 2])), []) for k in range(3)]
+    epochs = [
+        sum((b if e % 2 == 0 else b[: size - n] for e, b in enumerate(batches[2 * k : 2 * k + 2])), [])
+        for k in range(3)
+    ]
     assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 

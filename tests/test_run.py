@@ -151,7 +151,9 @@ def test_a_recorded_run_equals_the_plain_one_and_leaves_its_rows(tmp_path):
 def test_a_recorded_run_resumed_ends_in_the_same_bits_and_rows(tmp_path):
     rows, params = recorded(tmp_path / "whole", 8)
     recorded(tmp_path / "cut", 8, stop_after=2)
-    report.log(report.open_run(tmp_path / "cut", {"rounds": 8}, resume=True), {"round": 6, "note": "past the checkpoint"})
+    report.log(
+        report.open_run(tmp_path / "cut", {"rounds": 8}, resume=True), {"round": 6, "note": "past the checkpoint"}
+    )
     _, resumed = recorded(tmp_path / "cut", 8, resume=True)
     problem.close(resumed, params, tolerance=0)
     assert without_seconds(report.rows(tmp_path / "cut")) == without_seconds(rows)

@@ -89,7 +89,12 @@ def test_poisson_takes_each_client_independently_at_its_rate():
     sizes = (np.asarray(cohorts.ids) < 12).sum(1)
     expected = stats.binom(12, 0.3).pmf(np.arange(10)) * len(sizes)
     expected[-1] += stats.binom(12, 0.3).sf(9) * len(sizes)  # more than the capacity end at the capacity
-    assert stats.chisquare(np.bincount(sizes, minlength=10)[:9], expected[:9] / expected[:9].sum() * (sizes < 9).sum()).pvalue > 1e-3
+    assert (
+        stats.chisquare(
+            np.bincount(sizes, minlength=10)[:9], expected[:9] / expected[:9].sum() * (sizes < 9).sum()
+        ).pvalue
+        > 1e-3
+    )
     assert stats.chisquare(often(cohorts)).pvalue > 1e-3
     assert all(len(set(row[row < 12])) == (row < 12).sum() for row in np.asarray(cohorts.ids)[:200])
 
@@ -120,7 +125,10 @@ def test_a_schedule_is_followed_row_by_row_and_starts_over():
         (lambda: sampling.schedule(np.array([1, 2]), steps=steps), "one row of client numbers a round"),
         (lambda: sampling.schedule(np.array([[1.0, 2.0]]), steps=steps), "one row of client numbers a round"),
         (lambda: draw(sampling.uniform(13, steps=steps)), r"uniform\(cohort_size=13\): the population has 12 clients"),
-        (lambda: draw(sampling.poisson(0.5, capacity=13, steps=steps)), r"poisson\(capacity=13\): the population has 12"),
+        (
+            lambda: draw(sampling.poisson(0.5, capacity=13, steps=steps)),
+            r"poisson\(capacity=13\): the population has 12",
+        ),
     ],
 )
 def test_cohorts_that_cannot_be_drawn_are_refused(make, message):

@@ -209,9 +209,7 @@ def fedadam(
     work: ClientWork, *, learning_rate: float, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3, **options
 ) -> Algorithm:
     """FedAdam: `v <- b2 v + (1 - b2) Delta^2` (Reddi et al. 2021, Algorithm 2)."""
-    return federated(
-        work, server=_adaptive(lambda v, d2: b2 * v + (1 - b2) * d2, learning_rate, b1, tau), **options
-    )
+    return federated(work, server=_adaptive(lambda v, d2: b2 * v + (1 - b2) * d2, learning_rate, b1, tau), **options)
 
 
 def fedyogi(

@@ -1,7 +1,7 @@
 """Models of the next token: `x` [B, T] int to logits [B, T, V], position t seeing tokens 0 to t only.
 
-Tokens past the vocabulary give NaN logits. Padding belongs at the end, where it is seen by no
-position that counts; its labels are -1.
+A token past the vocabulary gives NaN logits. Pad at the end, with any token of the vocabulary and the
+label -1: no position that counts sees it.
 
 Letters: B sequences of T tokens, V tokens in the vocabulary.
 """

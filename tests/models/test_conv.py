@@ -1,5 +1,7 @@
 """The kit's convolution and pooling against those of `jax.lax` and flax."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,10 @@ OVERHANG = ((2, 2), ((3, 1), (0, 2)))  # more padding than the kernel is wide: t
 
 def reference(x, kernel, *, padding):
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def total(conv, x, kernel):
+    return jnp.sum(jnp.sin(conv(x, kernel, padding="SAME")))
 
 
 def inputs(kernel_size, leading=()):
@@ -59,20 +65,15 @@ def test_vmap_over_one_argument_equals_lax(axes):
     args = tuple(a if axis == 0 else a[0] for a, axis in zip((x, kernel), axes, strict=True))
 
     def grads(conv):
-        total = lambda x, k: jnp.sum(jnp.sin(conv(x, k, padding="SAME")))
-        return jax.jit(jax.vmap(jax.value_and_grad(total, (0, 1)), axes))(*args)
+        return jax.jit(jax.vmap(jax.value_and_grad(functools.partial(total, conv), (0, 1)), axes))(*args)
 
     close(grads(conv2d), grads(reference))
 
 
 def test_vmap_of_vmap_equals_lax():
     x, kernel, *_ = inputs((2, 2), (2, 3))
-    close(
-        *(
-            jax.jit(jax.vmap(jax.vmap(lambda x, k, c=c: c(x, k, padding="SAME"))))(x, kernel)
-            for c in (conv2d, reference)
-        )
-    )
+    twice = (jax.vmap(jax.vmap(functools.partial(conv, padding="SAME"))) for conv in (conv2d, reference))
+    close(*(jax.jit(conv)(x, kernel) for conv in twice))
 
 
 def test_conv2d_equals_lax_inside_scan_checkpoint_and_shard_map():
@@ -80,10 +81,10 @@ def test_conv2d_equals_lax_inside_scan_checkpoint_and_shard_map():
     mesh = jax.make_mesh((8,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def grads(conv):
-        total = jax.checkpoint(lambda k, x: jnp.sum(jnp.sin(conv(x, k, padding="SAME"))))
+        slope = jax.vmap(jax.grad(jax.checkpoint(functools.partial(total, conv)), 1))
 
         def descend(k, x):
-            return jax.lax.scan(lambda k, _: (k - 0.01 * jax.vmap(jax.grad(total))(k, x), None), k, length=2)[0]
+            return jax.lax.scan(lambda k, _: (k - 0.01 * slope(x, k), None), k, length=2)[0]
 
         return jax.jit(jax.shard_map(descend, mesh=mesh, in_specs=P("clients"), out_specs=P("clients")))(kernel, x)
 
@@ -92,8 +93,7 @@ def test_conv2d_equals_lax_inside_scan_checkpoint_and_shard_map():
 
 def test_no_convolution_is_grouped_on_cpu_however_many_clients():
     x, kernel, *_ = inputs((3, 3), (4,))
-    total = lambda x, k: jnp.sum(jnp.sin(conv2d(x, k)))
-    text = jax.jit(jax.vmap(jax.grad(total, (0, 1)))).lower(x, kernel).as_text()
+    text = jax.jit(jax.vmap(jax.grad(functools.partial(total, conv2d), (0, 1)))).lower(x, kernel).as_text()
     assert "stablehlo.convolution" in text
     assert "feature_group_count = 4" not in text and "batch_group_count = 4" not in text
 
@@ -111,19 +111,21 @@ def test_an_image_without_channels_is_refused_with_the_cure():
 
 def test_forward_mode_is_refused_and_reverse_over_reverse_gives_the_hessian_vector_product():
     x, kernel, _, w = inputs((2, 2))
-    value = lambda k: jnp.sum(jnp.sin(conv2d(x, k)))
+    value, expected = (functools.partial(total, conv, x) for conv in (conv2d, reference))
     with pytest.raises(TypeError):
         jax.jvp(value, (kernel,), (w,))
     ours = jax.grad(lambda k: jnp.vdot(jax.grad(value)(k), w))(kernel)
-    close(ours, jax.jvp(jax.grad(lambda k: jnp.sum(jnp.sin(reference(x, k, padding="SAME")))), (kernel,), (w,))[1])
+    close(ours, jax.jvp(jax.grad(expected), (kernel,), (w,))[1])
 
 
 @pytest.mark.parametrize("side", [6, 7])
 def test_max_pool_equals_reduce_window_with_gradient_and_drops_what_is_left_over(side):
     x = jax.random.normal(jax.random.key(0), (2, side, side + 1, 3))
-    theirs = lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-    grads = (jax.value_and_grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(x) for f in (max_pool, theirs))
-    close(*grads)
+
+    def theirs(x):
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+    close(*(jax.jit(jax.value_and_grad(lambda x, f=f: jnp.sum(jnp.sin(f(x)))))(x) for f in (max_pool, theirs)))
 
 
 @pytest.mark.parametrize("value", [1.0, jnp.nan])

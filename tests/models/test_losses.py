@@ -55,9 +55,8 @@ def test_totals_over_counts_are_the_mean_over_all_predictions_of_any_split():
         total, count = whole[name]
         assert total.shape == count.shape == (4,) and count.tolist() == [5.0, 3.0, 1.0, 0.0]
         np.testing.assert_allclose(total.sum() / count.sum(), expected, rtol=1e-5)
-        np.testing.assert_allclose(
-            sum(p[name][0].sum() for p in parts) / sum(p[name][1].sum() for p in parts), expected, rtol=1e-5
-        )
+        totals, counts = (sum(part[name][i].sum() for part in parts) for i in (0, 1))
+        np.testing.assert_allclose(totals / counts, expected, rtol=1e-5)
 
 
 def test_loss_hands_its_key_to_the_model_and_metrics_never_do():

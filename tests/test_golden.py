@@ -1,0 +1,67 @@
+"""Numbers that must not change between versions of JAX, Python or the kit, to 1e-5.
+
+Made with `python tests/test_golden.py` on Python 3.11, jax 0.10.2, CPU; that prints them anew. They
+stand for everything a run draws: sampling, order of batches, the key of each client.
+"""
+
+import jax
+import numpy as np
+import optax
+import problem
+
+from jfed import data, local, run, sampling
+from jfed.algorithms import fedadam
+from jfed.clients import lanes
+
+GOLDEN = {
+    "w": [
+        [0.798471987247467, -0.22672000527381897, -0.06853699684143066],
+        [0.14711199700832367, 0.38388898968696594, -0.3378550112247467],
+        [0.24007299542427063, -0.3364599943161011, 0.49255600571632385],
+        [0.07270699739456177, 0.5734000205993652, -0.3470950126647949],
+    ],
+    "b": [-0.06672800332307816, 0.2779240012168884, -0.2594900131225586],
+    "loss": [
+        1.1004170179367065,
+        1.0840309858322144,
+        1.0253239870071411,
+        0.9866780042648315,
+        0.9105129837989807,
+        0.9914460182189941,
+        0.8027120232582092,
+        0.9090290069580078,
+        0.9589390158653259,
+        0.9279699921607971,
+    ],
+    "steps": [16, 24, 18, 14, 18, 18, 16, 18, 20, 14],
+    "sizes": [11, 26, 16, 15, 29, 10, 26, 27, 26, 14],
+}
+
+
+def measured():
+    work = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4, epochs=2)
+    method = fedadam(work, learning_rate=0.05, client_map=lanes(3))
+    sampler = sampling.uniform(5, steps=work.steps)
+    state, metrics = run.scan_rounds(
+        method, sampler, problem.POPULATION, method.init(problem.PARAMS), jax.random.key(42), rounds=10
+    )
+    owner = data.partition.dirichlet(jax.random.key(42), np.arange(200) % 10, num_clients=10, alpha=0.3)
+    return {
+        "w": np.asarray(state.params["w"]).round(6).tolist(),
+        "b": np.asarray(state.params["b"]).round(6).tolist(),
+        "loss": np.asarray(metrics["loss"]).round(6).tolist(),
+        "steps": np.asarray(metrics["steps"]).tolist(),
+        "sizes": np.bincount(owner, minlength=10).tolist(),
+    }
+
+
+def test_a_run_gives_the_numbers_it_always_gave():
+    found = measured()
+    for name, expected in GOLDEN.items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert set(GOLDEN) == set(found)
+
+
+if __name__ == "__main__":
+    for name, value in measured().items():
+        print(f"    {name!r}: {value},")
