@@ -62,19 +62,19 @@ def main(config: Config) -> None:
 
     def one_seed(folder: report.Run, key: jax.Array) -> dict:
         init_key, train_key = jax.random.split(key)
-        params = model.init(init_key)
+        initial = model.init(init_key)
         state, _ = run.scan_rounds(
             centralised,
             sampling.full(steps=epoch.steps),
             everything,
-            centralised.init(params),
+            centralised.init(initial),
             train_key,
             rounds=config.centralised_epochs,
         )
         reference = float(judge(centralised.params(state))["accuracy"])
 
         for row, params in run.record(
-            folder, fedavg, sampler, population, params, train_key, rounds=config.rounds, every=10, judge=judge
+            folder, fedavg, sampler, population, initial, train_key, rounds=config.rounds, every=10, judge=judge
         ):
             pass
         own = run.evaluate_clients(metrics, params, population, client_map=client_map)["accuracy"]

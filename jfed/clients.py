@@ -19,7 +19,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jfed import _validate, mesh as meshes, tree
+from jfed import _validate, tree
+from jfed import mesh as meshes
 from jfed.core import ClientMap, ClientWork, Cohort, Tree
 
 

@@ -171,7 +171,8 @@ def rounds_to(rows: list[dict[str, Any]], name: str, target: float) -> float | N
 def finish(run: Run, summary: Mapping[str, Any], *, show: bool = True) -> None:
     """Writes the summary and prints it, one line of JSON: the last line of an experiment's output.
 
-    With `show=False`, for a run that is part of a larger one, it is not printed. For a run that was finished before, `finish(run, run.summary)` prints the same line again.
+    With `show=False`, for a run that is part of a larger one, it is not printed. For a run that was
+    finished before, `finish(run, run.summary)` prints the same line again.
     """
     if run.writer:
         text = json.dumps(_plain(summary, "summary"), allow_nan=False) + "\n"

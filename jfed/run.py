@@ -129,10 +129,10 @@ def record(
     A run killed at any moment and called again with the same arguments takes up its last checkpoint
     and ends in the same bits. The first yield of a resumed run repeats the row it stopped at.
 
-    A row holds `round`; the judge's results; of the algorithm's metrics the last `loss`, as
-    `train_loss`, and the sums since the row before of `reports`, `dropped` and `steps`, where there are such; `bytes_up` and
-    `bytes_down`, bytes sent by and to all clients since the run began; and `seconds` spent, resumed
-    parts added up.
+    A row holds `round`; the judge's results; `train_loss`, the algorithm's last `loss`; the sums since
+    the row before of its `reports`, `dropped` and `steps`, where it has such metrics; `bytes_up` and
+    `bytes_down`, sent by and to all clients since the run began; and `seconds` spent, resumed parts
+    added up.
 
     Args:
       run: from `report.open_run(..., resume=...)`.
@@ -198,7 +198,8 @@ def _totals(metrics: dict, before: dict) -> dict[str, Any]:
     for way, name in (("up", "upload"), ("down", "download")):
         if f"{name}s" in metrics:
             # Python integers: a run's bytes pass 2**32 soon.
-            sent = sum(int(n) * int(b) for n, b in zip(metrics[f"{name}s"], metrics[f"{name}_bytes"], strict=True))
+            messages = zip(metrics[f"{name}s"], metrics[f"{name}_bytes"], strict=True)
+            sent = sum(int(count) * int(nbytes) for count, nbytes in messages)
             totals[f"bytes_{way}"] = before[f"bytes_{way}"] + sent
     return totals
 
