@@ -48,14 +48,18 @@ def main() -> None:
     """Measures each cohort in a process of its own and prints the table."""
     rows = []
     for kind, cohort in [("lanes(16)", c) for c in COHORTS] + [("vectorised()", c) for c in COHORTS[:2]]:
-        output = subprocess.run([sys.executable, __file__, kind, str(cohort)], capture_output=True, text=True, check=True)
+        output = subprocess.run(
+            [sys.executable, __file__, kind, str(cohort)], capture_output=True, text=True, check=True
+        )
         found = json.loads(output.stdout.splitlines()[-1])
-        rows.append({
-            "client map": kind,
-            "cohort": cohort,
-            "temporaries": report.human_bytes(found["temporary"]),
-            "peak resident": report.human_bytes(found["peak"]),
-        })
+        rows.append(
+            {
+                "client map": kind,
+                "cohort": cohort,
+                "temporaries": report.human_bytes(found["temporary"]),
+                "peak resident": report.human_bytes(found["peak"]),
+            }
+        )
     print(report.table("Memory of a round, 2NN (199,210 parameters, 0.8 MB)", rows))
 
 

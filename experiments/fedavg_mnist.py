@@ -90,7 +90,7 @@ def main(config: Config) -> None:
     def one_seed(folder: report.Run, key: jax.Array) -> dict:
         init_key, train_key = jax.random.split(key)
         best = 0.0
-        for row, _ in run.record(
+        for row, _ in experiment.record(
             folder,
             fedavg,
             sampler,

@@ -64,7 +64,7 @@ def main(config: Config) -> None:
 
     def one_seed(folder: report.Run, key: jax.Array) -> dict:
         init_key, train_key = jax.random.split(key)
-        for row, params in run.record(
+        for row, params in experiment.record(
             folder,
             fedavg,
             sampler,

@@ -73,7 +73,7 @@ def main(config: Config) -> None:
         )
         reference = float(judge(centralised.params(state))["accuracy"])
 
-        for row, params in run.record(
+        for row, params in experiment.record(
             folder, fedavg, sampler, population, initial, train_key, rounds=config.rounds, every=10, judge=judge
         ):
             pass

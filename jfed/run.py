@@ -7,15 +7,13 @@ Letters: T rounds, C clients in a cohort, N clients in the population, E example
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jfed import _validate, checkpoint, report, tree
+from jfed import _validate, tree
 from jfed.clients import lanes
 from jfed.core import Algorithm, ClientMap, ClientWork, Population, Shared, Tree, make_cohort
 from jfed.local import client_rows
@@ -109,99 +107,6 @@ def iterate(
         state, metrics = scan_rounds(algorithm, sampler, population, state, key, rounds=stretch, start=done)
         done += stretch
         yield Moment(done, state, metrics)
-
-
-def record(
-    run: report.Run,
-    algorithm: Algorithm,
-    sampler: Sampler,
-    population: Population,
-    params: Tree,
-    key: jax.Array,
-    *,
-    rounds: int,
-    every: int = 1,
-    judge: Callable[[Tree], dict[str, Any]] = lambda params: {},
-    description: str = "training",
-) -> Iterator[tuple[dict, Tree]]:
-    """Like `iterate`, with a progress bar, a row of metrics and a checkpoint in a run folder each time.
-
-    A run killed at any moment and called again with the same arguments takes up its last checkpoint
-    and ends in the same bits. The first yield of a resumed run repeats the row it stopped at.
-
-    A row holds `round`; the judge's results; `train_loss`, the algorithm's last `loss`; the sums since
-    the row before of its `reports`, `dropped` and `steps`, where it has such metrics; `bytes_up` and
-    `bytes_down`, sent by and to all clients since the run began; and `seconds` spent, resumed parts
-    added up.
-
-    Args:
-      run: from `report.open_run(..., resume=...)`.
-      algorithm: the method.
-      sampler: `(population, key, t) -> Cohort`.
-      population: the data of all clients.
-      params: the initial model.
-      key: the run's key.
-      rounds: T.
-      every: rounds between rows.
-      judge: maps the model to numbers worth a column, such as test accuracy.
-      description: a word or two for the bar.
-
-    Yields:
-      `(row, params)` after each stretch of `every` rounds.
-
-    Raises:
-      ValueError: if the run's last checkpoint is damaged or belongs to another run.
-    """
-    state, start = algorithm.init(params), 0
-    row = {"round": 0, "bytes_up": 0, "bytes_down": 0, "seconds": 0.0}
-    if checkpoint.latest(run.checkpoints) is not None:
-        start, saved = checkpoint.restore(run.checkpoints, {"state": state, "key": key})
-        if not np.array_equal(jax.random.key_data(saved["key"]), jax.random.key_data(key)):
-            raise ValueError(
-                f"record({run.folder}): its checkpoint was made with another key; resume with that key, "
-                "or choose another folder."
-            )
-        state = saved["state"]
-    report.rewind(run, start)
-    if start:
-        row = report.rows(run.folder)[-1]
-        yield row, algorithm.params(state)
-    if start == rounds:
-        return
-
-    began = time.monotonic() - row["seconds"]
-    with report.progress(rounds, description, start=start, writer=run.writer) as advance:
-        for moment in iterate(algorithm, sampler, population, state, key, rounds=rounds, start=start, every=every):
-            done = moment.round - row["round"]
-            row = {
-                "round": moment.round,
-                **{name: float(value) for name, value in judge(algorithm.params(moment.state)).items()},
-                **_totals(moment.metrics, row),
-                "seconds": round(time.monotonic() - began, 3),
-            }
-            report.log(run, row)
-            checkpoint.save(run.checkpoints, moment.round, {"state": moment.state, "key": key})
-            shown = {name: row[name] for name in ("loss", "accuracy") if name in row}
-            advance(done, **shown)
-            yield row, algorithm.params(moment.state)
-
-
-def _totals(metrics: dict, before: dict) -> dict[str, Any]:
-    """A row's share of the metrics of the rounds since the row before, on the host, in whole numbers."""
-    metrics = jax.tree.map(np.asarray, metrics)
-    totals: dict[str, Any] = {}
-    if "loss" in metrics:
-        totals["train_loss"] = float(metrics["loss"][-1])
-    for name in ("reports", "dropped", "steps"):
-        if name in metrics:
-            totals[name] = int(metrics[name].sum())
-    for way, name in (("up", "upload"), ("down", "download")):
-        if f"{name}s" in metrics:
-            # Python integers: a run's bytes pass 2**32 soon.
-            messages = zip(metrics[f"{name}s"], metrics[f"{name}_bytes"], strict=True)
-            sent = sum(int(count) * int(nbytes) for count, nbytes in messages)
-            totals[f"bytes_{way}"] = before[f"bytes_{way}"] + sent
-    return totals
 
 
 @functools.partial(jax.jit, static_argnames=("metrics", "batch_size"))

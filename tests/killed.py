@@ -6,7 +6,7 @@ import jax
 import optax
 import problem
 
-from jfed import local, report, run, sampling
+from jfed import experiment, local, report, sampling
 from jfed.algorithms import federated
 from jfed.clients import lanes
 
@@ -22,7 +22,7 @@ KEY = jax.random.key(8)
 def main(folder):
     opened = report.open_run(folder, {"rounds": ROUNDS}, resume=True)
     sampler = sampling.uniform(4, steps=WORK.steps)
-    for row, _ in run.record(
+    for row, _ in experiment.record(
         opened, METHOD, sampler, problem.POPULATION, problem.PARAMS, KEY, rounds=ROUNDS, description="killed"
     ):
         pass

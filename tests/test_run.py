@@ -6,7 +6,7 @@ import problem
 import pytest
 from problem import PARAMS, POPULATION, SIZES
 
-from jfed import checkpoint, local, report, run, sampling, tree
+from jfed import local, run, sampling, tree
 from jfed.algorithms import fedavg, fedavgm
 from jfed.clients import lanes, vectorised
 from jfed.core import Algorithm, Population
@@ -111,81 +111,6 @@ def test_a_client_without_examples_scores_nan_and_harms_nobody():
     whole = run.evaluate_clients(problem.metrics, PARAMS, POPULATION)["accuracy"]
     assert np.isnan(result[3])
     np.testing.assert_array_equal(np.delete(result, 3), np.delete(whole, 3))
-
-
-def recorded(folder, rounds, *, stop_after=None, key=KEY, resume=False):
-    """Rows and final params of a recorded run, left after `stop_after` yields as a kill would leave it."""
-    opened = report.open_run(folder, {"rounds": rounds}, resume=resume)
-    rows = []
-    for row, params in run.record(
-        opened,
-        METHOD,
-        SAMPLER,
-        POPULATION,
-        PARAMS,
-        key,
-        rounds=rounds,
-        every=2,
-        judge=lambda params: run.evaluate(problem.metrics, params, POPULATION.examples),
-    ):
-        rows.append(row)
-        if len(rows) == stop_after:
-            break
-    return rows, params
-
-
-def without_seconds(rows):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-
-def test_a_recorded_run_equals_the_plain_one_and_leaves_its_rows(tmp_path):
-    rows, params = recorded(tmp_path / "run", 5)
-    problem.close(params, scan(5)[0].params)
-    assert report.rows(tmp_path / "run") == rows
-    assert [row["round"] for row in rows] == [2, 4, 5]
-    numbers = 4 * 3 + 3
-    assert [row["bytes_up"] for row in rows] == [4 * numbers * 5 * r for r in (2, 4, 5)]
-    assert rows[-1]["bytes_down"] == rows[-1]["bytes_up"]
-
-
-def test_a_recorded_run_resumed_ends_in_the_same_bits_and_rows(tmp_path):
-    rows, params = recorded(tmp_path / "whole", 8)
-    recorded(tmp_path / "cut", 8, stop_after=2)
-    report.log(
-        report.open_run(tmp_path / "cut", {"rounds": 8}, resume=True), {"round": 6, "note": "past the checkpoint"}
-    )
-    _, resumed = recorded(tmp_path / "cut", 8, resume=True)
-    problem.close(resumed, params, tolerance=0)
-    assert without_seconds(report.rows(tmp_path / "cut")) == without_seconds(rows)
-
-
-def test_a_run_killed_after_its_last_round_only_repeats_its_last_row(tmp_path):
-    rows, params = recorded(tmp_path / "run", 4)
-    again, same = recorded(tmp_path / "run", 4, resume=True)
-    assert again == rows[-1:]
-    problem.close(same, params, tolerance=0)
-
-
-def test_a_checkpoint_made_with_another_key_is_refused(tmp_path):
-    recorded(tmp_path / "run", 4, stop_after=1)
-    with pytest.raises(ValueError, match="made with another key"):
-        recorded(tmp_path / "run", 4, key=jax.random.key(3), resume=True)
-
-
-def test_bytes_past_32_bits_are_counted(tmp_path):
-    huge = Algorithm(
-        init=lambda params: jnp.zeros(()),
-        round=lambda state, cohort, key: (
-            state,
-            {"uploads": jnp.int32(1000), "upload_bytes": np.uint32(3_000_000_000), "downloads": jnp.int32(0),
-             "download_bytes": np.uint32(8)},
-        ),
-        params=lambda state: state,
-    )  # fmt: skip
-    opened = report.open_run(tmp_path / "run", {})
-    rows = [row for row, _ in run.record(opened, huge, SAMPLER, POPULATION, PARAMS, KEY, rounds=3, every=3)]
-    assert (rows[-1]["bytes_up"], rows[-1]["bytes_down"]) == (9_000_000_000_000, 0)
-    assert checkpoint.latest(opened.checkpoints) == 3
 
 
 def test_growing_a_population_needs_no_new_program_of_another_algorithm():

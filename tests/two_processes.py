@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import problem
 
-from jfed import local, mesh, report, run, sampling
+from jfed import experiment, local, mesh, report, run, sampling
 from jfed.algorithms import fedavg
 from jfed.clients import lanes, sharded
 
@@ -26,7 +26,7 @@ def train(client_map, place, folder):
     """Three recorded rounds; the model and the rows."""
     method = fedavg(WORK, client_map=client_map)
     opened = report.open_run(folder, {}, resume=False)
-    for _, params in run.record(
+    for _, params in experiment.record(
         opened,
         method,
         sampling.uniform(7, steps=WORK.steps),
