@@ -12,7 +12,8 @@ A curve is read as in the paper: best accuracy so far, rounds by linear interpol
 | 2nn   | shards | 1        | 10      | 97 %   | 664                 |
 
 Source: McMahan et al. 2017 (arXiv:1602.05629), tables 1 and 2. The paper tunes a learning rate for
-each cell and does not print it; those here are known to work.
+each cell and does not print it. For 2nn with shards, seed 0 took 673, 399 and 240 rounds at rates
+of .03, .05 and .1, and 1500 were not enough at .01.
 
 Commands: python experiments/fedavg_mnist.py --model 2nn --split iid --seeds 3
           python experiments/fedavg_mnist.py --model cnn --split shards   (for an accelerator)
@@ -43,6 +44,7 @@ class Config(experiment.Options):
     decay_rounds: int | None = None
     every: int | None = None  # rounds between evaluations
     lanes: int = 1  # clients training at once; more on an accelerator
+    download: bool = False  # fetch MNIST if it is not found
 
 
 CELLS = {
@@ -68,7 +70,7 @@ def main(config: Config) -> None:
     cell, target = (config.model, config.split), TARGET[config.model]
     unset = {name: value for name, value in CELLS[cell].items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **unset)
-    train, test = data.fashion_small() if config.smoke else data.mnist()
+    train, test = data.fashion_small() if config.smoke else data.mnist(download=config.download)
     deal = jax.random.key(0)
     if config.split == "iid":
         owner = data.partition.iid(deal, len(train["y"]), num_clients=100)
@@ -131,13 +133,8 @@ def main(config: Config) -> None:
         "best test accuracy": f"{100 * summary['accuracy']:.2f} %",
         f"rounds to {100 * target:.0f} %": "not reached" if reached is None else f"{reached:.1f}",
         "rounds in the paper": str(PAPER[cell]),
-        "sent by clients": report.human_bytes(summary["bytes_up"]),
-        "sent to clients": report.human_bytes(summary["bytes_down"]),
-        "time a seed": report.human_seconds(summary["seconds"]),
-        "pictures and metrics": str(whole.folder),
     }
-    print(report.table(f"FedAvg, {config.model}, {config.split}", [{"": k, "result": v} for k, v in shown.items()]))
-    report.finish(whole, summary)
+    experiment.conclude(whole, f"FedAvg, {config.model}, {config.split}", shown, summary)
 
 
 if __name__ == "__main__":

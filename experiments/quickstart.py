@@ -63,6 +63,11 @@ def main(config: Config) -> None:
     def one_seed(folder: report.Run, key: jax.Array) -> dict:
         init_key, train_key = jax.random.split(key)
         initial = model.init(init_key)
+        for row, params in experiment.record(
+            folder, fedavg, sampler, population, initial, train_key, rounds=config.rounds, every=10, judge=judge
+        ):
+            pass
+        own = run.evaluate_clients(metrics, params, population, client_map=client_map)["accuracy"]
         state, _ = run.scan_rounds(
             centralised,
             sampling.full(steps=epoch.steps),
@@ -72,12 +77,6 @@ def main(config: Config) -> None:
             rounds=config.centralised_epochs,
         )
         reference = float(judge(centralised.params(state))["accuracy"])
-
-        for row, params in experiment.record(
-            folder, fedavg, sampler, population, initial, train_key, rounds=config.rounds, every=10, judge=judge
-        ):
-            pass
-        own = run.evaluate_clients(metrics, params, population, client_map=client_map)["accuracy"]
         rows = report.rows(folder.folder)
         plot.plot_curves(
             folder.folder / "accuracy.png",
@@ -88,13 +87,15 @@ def main(config: Config) -> None:
             reference={f"centralised {100 * reference:.1f} %": 100 * reference},
         )
         plot.plot_distribution(
-            folder.folder / "clients.png", 100 * own, xlabel="accuracy on the client's own images, %", title="Clients"
+            folder.folder / "clients.png",
+            100 * own,
+            xlabel="accuracy on the client's training images, %",
+            title="Clients",
         )
-        tenth = max(1, config.num_clients // 10)
         return {
             "accuracy": row["accuracy"],
             "centralised_accuracy": reference,
-            "worst_tenth_accuracy": float(jax.numpy.sort(own)[:tenth].mean()),
+            "worst_tenth_accuracy": report.worst_tenth(own),
             **{name: row[name] for name in ("bytes_up", "bytes_down", "seconds")},
             "rounds": row["round"],
         }
@@ -103,15 +104,10 @@ def main(config: Config) -> None:
     shown = {
         "test accuracy": f"{100 * summary['accuracy']:.1f} %",
         "the same model, centralised": f"{100 * summary['centralised_accuracy']:.1f} %",
-        "worst 10 % of clients, on their own images": f"{100 * summary['worst_tenth_accuracy']:.1f} %",
+        "worst 10 % of clients, on their training images": f"{100 * summary['worst_tenth_accuracy']:.1f} %",
         "rounds": f"{summary['rounds']:.0f}",
-        "sent by clients": report.human_bytes(summary["bytes_up"]),
-        "sent to clients": report.human_bytes(summary["bytes_down"]),
-        "time": report.human_seconds(summary["seconds"]),
-        "pictures and metrics": str(whole.folder),
     }
-    print(report.table("FedAvg", [{"": name, "result": value} for name, value in shown.items()]), "\n")
-    report.finish(whole, summary)
+    experiment.conclude(whole, "FedAvg", shown, summary)
 
 
 if __name__ == "__main__":

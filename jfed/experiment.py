@@ -6,6 +6,7 @@ out/seed_0/ ...                              one run folder a seed (`jfed.report
 
 import dataclasses
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,22 +39,23 @@ class Options:
 def cli(main: Callable[[Any], None], options: type[Options], *, smoke: dict[str, Any]) -> None:
     """Reads the command line into `options` and calls `main` with it.
 
-    A `ValueError` or a missing file ends the script with its one line; JFED_TRACEBACK=1 shows where
-    it was raised.
+    A `ValueError`, a missing file or a failed download ends the script with its one line;
+    JFED_TRACEBACK=1 shows where it was raised.
 
     Args:
       main: does the work.
       options: a frozen dataclass derived from `Options`.
-      smoke: the settings that `--smoke` replaces.
+      smoke: the settings that `--smoke` replaces where they were not given.
     """
     import tyro
 
     chosen = tyro.cli(options, description=sys.modules[options.__module__].__doc__)
     if chosen.smoke:
-        chosen = dataclasses.replace(chosen, **smoke)
+        untouched = {name: value for name, value in smoke.items() if getattr(chosen, name) == getattr(options, name)}
+        chosen = dataclasses.replace(chosen, **untouched)
     try:
         main(chosen)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("JFED_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
@@ -64,30 +66,61 @@ def over_seeds(
 ) -> tuple[report.Run, dict[str, Any]]:
     """Runs `one_seed` for every seed, each in a folder of its own, skipping those already finished.
 
+    Resuming with more seeds adds them. An experiment that fails before anything was recorded leaves
+    no folder behind.
+
     Args:
       name: of the experiment; names the default folder.
-      options: of the experiment; all but `out` and `resume` must agree when a run is resumed.
+      options: of the experiment; all but `out`, `resume` and `seeds` must agree when a run is resumed.
       one_seed: given its open run folder and its key, does the work and returns its summary.
 
     Returns:
       `(run, summary)`: the experiment's own folder, and over seeds the mean of every number (and,
       under `<name>_std`, its sample standard deviation if there are several seeds). Hand both to
-      `report.finish` when everything else is printed.
+      `conclude` or `report.finish` when everything else is done.
 
     Raises:
-      ValueError: if `seeds` is not a whole number of at least 1, or as in `report.open_run`.
+      ValueError: if `seeds` is not a whole number of at least 1, if `resume` comes without `out`, or
+        as in `report.open_run`.
     """
     _validate.at_least_one(name, "seeds", options.seeds, "1 runs once")
+    if options.resume and options.out is None:
+        raise ValueError(f"{name}(resume=True, out=None): there is nothing to resume; give the run's folder as --out.")
     out = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}" if options.out is None else options.out
-    settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume")}
+    settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume", "seeds")}
+    new = not out.exists()
     whole = report.open_run(out, settings, resume=options.resume)
     summaries = []
-    for seed in range(options.seeds):
-        run = report.open_run(whole.folder / f"seed_{seed}", settings | {"seed": seed}, resume=True)
-        if not run.finished:
-            report.finish(run, one_seed(run, jax.random.key(seed)), show=False)
-        summaries.append(run.summary)
+    try:
+        for seed in range(options.seeds):
+            run = report.open_run(whole.folder / f"seed_{seed}", settings | {"seed": seed}, resume=True)
+            if not run.finished:
+                report.finish(run, one_seed(run, jax.random.key(seed)), show=False)
+            summaries.append(run.summary)
+    except ValueError:
+        if new and whole.writer and not any(report.rows(folder) for folder in whole.folder.glob("seed_*")):
+            shutil.rmtree(whole.folder)
+        raise
     return whole, _mean(summaries)
+
+
+def conclude(run: report.Run, title: str, shown: dict[str, str], summary: dict[str, Any]) -> None:
+    """Ends an experiment: a table of what was found, where its files are, and the line of JSON.
+
+    Args:
+      run: the experiment's folder, from `over_seeds`.
+      title: of the table.
+      shown: what a person wants to see, in words.
+      summary: what `summary.json` shall hold, from `over_seeds`.
+    """
+    shown = shown | {
+        "sent by clients": report.human_bytes(summary["bytes_up"]),
+        "sent to clients": report.human_bytes(summary["bytes_down"]),
+        "training time": report.human_seconds(summary["seconds"]),
+        "pictures and metrics": str(run.folder),
+    }
+    print(report.table(title, [{"": name, "result": value} for name, value in shown.items()]), "\n")
+    report.finish(run, summary)
 
 
 def record(
@@ -160,7 +193,7 @@ def record(
             }
             report.log(run, row)
             checkpoint.save(run.checkpoints, moment.round, {"state": moment.state, "key": key})
-            shown = {name: row[name] for name in ("loss", "accuracy") if name in row}
+            shown = {name: row[name] for name in ("loss", "accuracy", "dropped") if row.get(name)}
             advance(done, **shown)
             yield row, algorithm.params(moment.state)
 

@@ -38,6 +38,7 @@ __all__ = [
     "rounds_to",
     "rows",
     "table",
+    "worst_tenth",
 ]
 
 
@@ -166,6 +167,19 @@ def rounds_to(rows: list[dict[str, Any]], name: str, target: float) -> float | N
             return round_before + share * (row["round"] - round_before)
         round_before, best = row["round"], max(best, value)
     return None
+
+
+def worst_tenth(values: Any) -> float:
+    """Mean of the lowest `max(1, floor(N / 10))` of N numbers; NaNs, clients with nothing to judge, are left out.
+
+    This is the figure of the fairness literature (Li et al. 2020, arXiv:1905.10497).
+
+    >>> worst_tenth([0.5, 0.1, 0.9, math.nan])
+    0.1
+    """
+    values = np.sort(np.asarray(values, float).ravel())
+    values = values[np.isfinite(values)]
+    return float(values[: max(1, len(values) // 10)].mean())
 
 
 def finish(run: Run, summary: Mapping[str, Any], *, show: bool = True) -> None:

@@ -3,6 +3,7 @@
 Tests share it, and its shapes, so that few programs are compiled.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,5 +83,4 @@ def numpy_sgd_client(params, i, key, *, learning_rate, batch_size, epochs):
 
 
 def close(a, b, tolerance=1e-5):
-    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+    chex.assert_trees_all_close(a, b, rtol=tolerance, atol=tolerance)

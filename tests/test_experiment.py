@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,6 +126,52 @@ def test_over_seeds_does_not_repeat_a_finished_seed(tmp_path):
     (tmp_path / "run" / "seed_1" / "summary.json").unlink()
     experiment.over_seeds("test", options(out=tmp_path / "run", seeds=2, resume=True), counted(calls))
     assert calls == [0, 1, 1]
+
+
+def test_seeds_may_be_added_to_a_finished_experiment(tmp_path):
+    calls = []
+    for seeds, resume in ((1, False), (3, True)):
+        _, summary = experiment.over_seeds(
+            "test", options(out=tmp_path / "run", seeds=seeds, resume=resume), counted(calls)
+        )
+    assert calls == [0, 1, 2] and summary["seeds"] == 3
+
+
+def test_a_start_that_fails_leaves_no_folder_in_the_way(tmp_path):
+    def broken(run, key):
+        raise ValueError("cohort too large")
+
+    with pytest.raises(ValueError, match="cohort too large"):
+        experiment.over_seeds("test", options(out=tmp_path / "run"), broken)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failure_after_something_was_recorded_leaves_it(tmp_path):
+    def broken(run, key):
+        report.log(run, {"round": 1})
+        raise ValueError("later")
+
+    with pytest.raises(ValueError, match="later"):
+        experiment.over_seeds("test", options(out=tmp_path / "run"), broken)
+    assert report.rows(tmp_path / "run" / "seed_0") == [{"round": 1}]
+
+
+def test_resuming_needs_the_folder_to_resume():
+    with pytest.raises(ValueError, match="give the run's folder as --out"):
+        experiment.over_seeds("test", options(resume=True), counted([]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(experiment.Options):
+    rounds: int = 100
+    epochs: int = 5
+
+
+def test_smoke_replaces_only_settings_that_were_not_given(monkeypatch):
+    chosen = []
+    monkeypatch.setattr("sys.argv", ["script", "--smoke", "--rounds", "7"])
+    experiment.cli(chosen.append, Settings, smoke={"rounds": 2, "epochs": 1})
+    assert (chosen[0].rounds, chosen[0].epochs) == (7, 1)
 
 
 def test_a_run_without_a_folder_gets_a_new_one_under_runs(tmp_path, monkeypatch):

@@ -37,15 +37,15 @@ def test_sgd_follows_the_plain_loop(i, batch_size, epochs):
     close(model_of(kept), expected)
 
 
-def rows_seen(work, i):
-    """Row numbers of each batch, padding left out."""
+def rows_seen(batch_size, i):
+    """Row numbers of each batch, as the loss meets them."""
     seen = []
 
     def watching(params, batch, key):
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), batch["x"])
         return problem.loss(params, batch, key)
 
-    watch = local.sgd(watching, optax.sgd(0.0), batch_size=work, epochs=3)
+    watch = local.sgd(watching, optax.sgd(0.0), batch_size=batch_size, epochs=3)
     run_alone(watch, i)
     jax.effects_barrier()
     data = examples_of(i)["x"]
@@ -63,11 +63,14 @@ def test_each_epoch_visits_every_example_once_in_a_new_order():
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_a_short_batch_weighs_its_examples_and_nothing_else():
-    """Client 0 has 7 examples: one step of 4, then one of 3 whose gradient is the mean of 3."""
+def test_a_short_batch_steps_along_the_mean_of_its_own_examples():
+    """Client 0 has 7 examples: a step of 4, then one of the 3 left over."""
     work = local.sgd(problem.loss, optax.sgd(1.0), batch_size=4)
-    _, added = run_alone(work, 0)
-    assert float(added["examples"]) == 7
+    before, after = (model_of(run_alone(work, 0, steps=t)[0]) for t in (1, 2))
+    left_over = rows_seen(4, 0)[1][:3]
+    data = examples_of(0)
+    gradient = numpy_gradient({k: np.asarray(v) for k, v in before.items()}, data["x"][left_over], data["y"][left_over])
+    close(after, {k: np.asarray(before[k]) - gradient[k] for k in gradient})
 
 
 def test_loss_reported_is_the_sum_over_examples_met():

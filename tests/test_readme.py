@@ -29,6 +29,12 @@ def test_every_method_has_its_place_in_the_readme():
             assert f"`{name}`" in README or f"`algorithms.{name}`" in README, name
 
 
+def test_results_are_there_for_every_experiment_and_benchmark():
+    results = (HOUSE / "benchmarks" / "RESULTS.md").read_text()
+    scripts = [*(HOUSE / "experiments").glob("*.py"), *(HOUSE / "benchmarks").glob("*.py")]
+    assert not [script.name for script in scripts if script.name not in results]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_links_within_the_project_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
@@ -36,6 +42,6 @@ def test_links_within_the_project_lead_somewhere(page):
 
 
 def test_the_two_commands_install_what_the_project_offers():
-    extras = re.findall(r'pip install -e "\.\[(\w+)\]"', README)
+    extras = re.findall(r'pip install -q -e "\.\[(\w+)\]"', README)
     declared = (HOUSE / "pyproject.toml").read_text()
     assert extras == ["experiments", "test"] and all(f"\n{extra} = [" in declared for extra in extras)

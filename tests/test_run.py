@@ -32,12 +32,10 @@ def test_a_compiled_run_equals_round_after_round():
     problem.close(tree.take(all_metrics, 3), metrics)
 
 
-def test_a_run_cut_in_two_ends_in_the_same_bits():
-    first, _ = scan(3)
-    second, _ = scan(3, start=3, state=first)
-    stretch, _ = scan(3)
-    whole, _ = scan(3, start=3, state=stretch)
-    problem.close(second, whole, tolerance=0)
+@pytest.mark.parametrize("cut", [1, 3, 5])
+def test_a_run_cut_anywhere_continues_to_the_same_end(cut):
+    first, _ = scan(cut)
+    second, _ = scan(6 - cut, start=cut, state=first)
     problem.close(second, scan(6)[0])
 
 
