@@ -29,7 +29,10 @@ class Population(NamedTuple):
 
 
 class Cohort(NamedTuple):
-    """The clients of one round. A single client is a `Cohort` of scalars, its `examples` left out."""
+    """The clients of one round. A single client is a `Cohort` of scalars, its `examples` left out.
+
+    A client that occurs twice must have the same `steps` and `weight` both times.
+    """
 
     ids: jax.Array  # [C] int32, row in the population; N = empty slot, its writes are dropped
     start: jax.Array  # [C] int32, first row in `examples`
@@ -92,25 +95,33 @@ def make_cohort(
       population: the data of all N clients.
       ids: [C] integers; one outside [0, N) makes an empty slot.
       steps: maps sizes [C] to local steps [C], usually `work.steps`.
-      weight: [C] aggregation weights; by default each client's number of examples.
+      weight: [C] aggregation weights; by default each client's number of examples. It becomes 0
+        where a client has no examples.
 
     Returns:
       A `Cohort` over the population's own examples (nothing is copied).
 
     Raises:
-      ValueError: if the weights are known (not traced) and negative, not finite or all zero.
+      ValueError: if there is no id or no client, if ids are not integers, or if the weights are
+        known (not traced) and negative, not finite or all zero.
 
     >>> population = Population(jnp.arange(5.0), jnp.array([0, 2]), jnp.array([2, 3]))
     >>> cohort = make_cohort(population, jnp.array([1, 2]), steps=lambda size: 4 * size)
     >>> print(cohort.size, cohort.steps, cohort.weight)
     [3 0] [12  0] [3. 0.]
     """
-    n = population.size.shape[0]
-    ids = jnp.asarray(ids, jnp.int32)
+    start, sizes = jnp.asarray(population.start), jnp.asarray(population.size)
+    n, ids = sizes.shape[0], jnp.asarray(ids)
+    if ids.ndim != 1 or 0 in (ids.size, n) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"make_cohort(ids of shape {ids.shape} and dtype {ids.dtype}, population of {n}): ids must be one row of "
+            "at least one integer, and the population hold a client."
+        )
+    ids = ids.astype(jnp.int32)
     real = (ids >= 0) & (ids < n)
     ids = jnp.where(real, ids, n)
     row = jnp.minimum(ids, n - 1)
-    size = jnp.where(real, population.size[row], 0)
+    size = jnp.where(real, sizes[row], 0)
     if weight is None:
         weight = size
     elif _validate.is_concrete(weight):
@@ -122,9 +133,9 @@ def make_cohort(
             )
     return Cohort(
         ids=ids,
-        start=jnp.where(real, population.start[row], 0),
+        start=jnp.where(real, start[row], 0),
         size=size,
         steps=jnp.where(size > 0, steps(size), 0).astype(jnp.int32),
-        weight=jnp.where(real, weight, 0).astype(jnp.float32),
+        weight=jnp.where(size > 0, jnp.asarray(weight, jnp.float32), 0.0),
         examples=population.examples,
     )

@@ -97,7 +97,7 @@ def over_seeds(
             if not run.finished:
                 report.finish(run, one_seed(run, jax.random.key(seed)), show=False)
             summaries.append(run.summary)
-    except ValueError:
+    except (ValueError, OSError):
         if new and whole.writer and not any(report.rows(folder) for folder in whole.folder.glob("seed_*")):
             shutil.rmtree(whole.folder)
         raise

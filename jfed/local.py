@@ -5,7 +5,8 @@ Each factory returns a `ClientWork` whose `finish` keeps the client's pseudo-gra
 training, and how many there were. A loss is `loss(params, batch, key) -> [B]`, one value an
 example, so that short batches are weighted exactly; it must not mix the examples of a batch.
 
-Local training is McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1, ClientUpdate.
+Local training is McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1, ClientUpdate, except that the
+paper splits a client's examples into batches once, and here every epoch splits them anew.
 
 Letters: n examples of the client, B batch size.
 """
@@ -23,14 +24,22 @@ from jfed.core import ClientWork, Cohort, Shared, Tree
 Loss = Callable[[Tree, Tree, jax.Array], jax.Array]
 
 
+class Pass(NamedTuple):
+    """Sums over the examples met in the pass under way."""
+
+    gradient: Tree  # of the per-example gradients; at least float32
+    loss: jax.Array  # [] float32
+    examples: jax.Array  # [] float32
+
+
 class Carry(NamedTuple):
     """A client in the middle of its round."""
 
     params: Tree  # the client's model
     optimizer: Tree  # state of the client optimizer
-    gradient: Tree  # sum of per-example gradients over the pass so far; () where none is kept
-    loss: jax.Array  # [] sum of the per-example losses met
-    examples: jax.Array  # [] how many there were
+    so_far: Pass | tuple  # () where every step ends with an update
+    loss: jax.Array  # [] float32, sum of the per-example losses met
+    examples: jax.Array  # [] float32, how many there were
 
 
 def sgd(loss: Loss, optimizer: optax.GradientTransformation, *, batch_size: int, epochs: int = 1) -> ClientWork:
@@ -67,11 +76,9 @@ def sgd(loss: Loss, optimizer: optax.GradientTransformation, *, batch_size: int,
         row = client.start + shuffle.position(jax.random.fold_in(order_key, t // batches), place, client.size)
         batch = tree.take(shared.examples, row)
 
-        total, gradient = _sum_and_gradient(loss, carry.params, batch, real, jax.random.fold_in(loss_key, t))
-        count = jnp.sum(real)
-        gradient = jax.tree.map(lambda g: (g / count).astype(g.dtype), gradient)
-        carry = _descend(optimizer, shared, carry, gradient, total / count)
-        return carry._replace(loss=carry.loss + total, examples=carry.examples + count)
+        met = _sums(loss, carry.params, batch, real, jax.random.fold_in(loss_key, t))
+        carry = carry._replace(loss=carry.loss + met.loss, examples=carry.examples + met.examples)
+        return _descend(optimizer, shared, carry, met)
 
     return ClientWork(
         steps=lambda size: epochs * _batches(size, batch_size),
@@ -88,13 +95,13 @@ def full_batch(
 
     The gradient is summed over chunks, so memory does not grow with the client; a client does
     `epochs * ceil(n / chunk_size)` local steps, and one stopped in the middle of a pass keeps the
-    passes it completed. Arguments and extra arguments are those of `sgd`.
+    passes it completed. The optimizer may take the extra arguments that `sgd` names.
 
     Args:
       loss: `(params, batch, key) -> [B]`.
       optimizer: the client optimizer; its state starts anew each round.
       epochs: optimizer steps.
-      chunk_size: examples at once; it does not change the result.
+      chunk_size: examples at once; it does not change the result of a loss that draws nothing.
 
     Raises:
       ValueError: if `epochs` or `chunk_size` is not a whole number of at least 1.
@@ -104,15 +111,16 @@ def full_batch(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step_fn(shared: Shared, client: Cohort, carry: Carry, t: jax.Array) -> Carry:
-        summed = _add_chunk(loss, chunk_size, shared, client, carry, t)
-        mean = jax.tree.map(lambda g: (g / client.size).astype(g.dtype), summed.gradient)
-        stepped = _descend(optimizer, shared, summed, mean, summed.loss / summed.examples)
-        stepped = stepped._replace(gradient=jax.tree.map(jnp.zeros_like, summed.gradient))
-        return tree.select((t + 1) % _batches(client.size, chunk_size) == 0, stepped, summed)
+        carry = _add_chunk(loss, chunk_size, shared, client, carry, t)
+
+        def end_of_pass(carry):
+            return _descend(optimizer, shared, carry, carry.so_far)._replace(so_far=_nothing(shared))
+
+        return jax.lax.cond((t + 1) % _batches(client.size, chunk_size) == 0, end_of_pass, lambda c: c, carry)
 
     return ClientWork(
         steps=lambda size: epochs * _batches(size, chunk_size),
-        start=lambda shared, client: _start(optimizer, shared)._replace(gradient=_no_gradient(shared)),
+        start=lambda shared, client: _start(optimizer, shared)._replace(so_far=_nothing(shared)),
         step=step_fn,
         finish=_finish,
     )
@@ -125,22 +133,26 @@ def gradient(loss: Loss, *, chunk_size: int = 64) -> ClientWork:
 
     Args:
       loss: `(params, batch, key) -> [B]`.
-      chunk_size: examples at once; it does not change the result.
+      chunk_size: examples at once; it does not change the result of a loss that draws nothing.
 
     Raises:
       ValueError: if `chunk_size` is not a whole number of at least 1.
     """
     _validate.at_least_one("gradient", "chunk_size", chunk_size, "a good start is 64")
 
+    def step_fn(shared: Shared, client: Cohort, carry: Carry, t: jax.Array) -> Carry:
+        # A cohort built with another work's steps may ask for more than one pass.
+        once = client._replace(size=jnp.where(t < _batches(client.size, chunk_size), client.size, 0))
+        return _add_chunk(loss, chunk_size, shared, once, carry, t)
+
     def finish_fn(shared: Shared, client: Cohort, carry: Carry) -> tuple[Tree, Tree]:
-        count = jnp.maximum(carry.examples, 1.0)
-        mean = jax.tree.map(lambda g: (g / count).astype(g.dtype), carry.gradient)
+        mean = _mean(carry.so_far, shared.params)
         return mean, {"loss": carry.loss, "examples": carry.examples}
 
     return ClientWork(
         steps=lambda size: _batches(size, chunk_size),
-        start=lambda shared, client: Carry(shared.params, (), _no_gradient(shared), jnp.zeros(()), jnp.zeros(())),
-        step=lambda shared, client, carry, t: _add_chunk(loss, chunk_size, shared, client, carry, t),
+        start=lambda shared, client: Carry(shared.params, (), _nothing(shared), jnp.zeros(()), jnp.zeros(())),
+        step=step_fn,
         finish=finish_fn,
     )
 
@@ -181,45 +193,64 @@ def _places(size: jax.Array, batch: jax.Array, batch_size: int) -> tuple[jax.Arr
     return jnp.minimum(place, jnp.maximum(size, 1) - 1), place < size
 
 
-def _sum_and_gradient(loss: Loss, params: Tree, batch: Tree, real: jax.Array, key: jax.Array) -> tuple[jax.Array, Tree]:
-    """Sum of the losses of the real examples, and its gradient."""
+def _sums(loss: Loss, params: Tree, batch: Tree, real: jax.Array, key: jax.Array) -> Pass:
+    """Sums over the real examples of a batch."""
 
     def total(params):
         values = loss(params, batch, key)
-        if values.shape != real.shape:
+        if getattr(values, "shape", None) != real.shape:
             raise ValueError(
-                f"loss returned shape {values.shape} for a batch of {real.shape[0]}: it must return one value an "
-                "example; leave out the mean over the batch."
+                f"loss returned {values} for a batch of {real.shape[0]}: "
+                f"it must return one value an example, shape {real.shape}; leave out the mean over the batch."
             )
-        return jnp.sum(jnp.where(real, values, 0.0))
+        return jnp.sum(jnp.where(real, values, 0.0), dtype=jnp.float32)
 
-    return jax.value_and_grad(total)(params)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)} and cannot be trained; "
+                "params must be floating, so keep counters and the like elsewhere."
+            )
+    value, gradient = jax.value_and_grad(total)(params)
+    return Pass(gradient, value, jnp.sum(real, dtype=jnp.float32))
 
 
 def _add_chunk(loss: Loss, chunk_size: int, shared: Shared, client: Cohort, carry: Carry, t: jax.Array) -> Carry:
     key = jax.random.fold_in(jax.random.fold_in(shared.key, client.ids), t)
     row, real = client_rows(client, t % _batches(client.size, chunk_size), chunk_size)
-    total, gradient = _sum_and_gradient(loss, carry.params, tree.take(shared.examples, row), real, key)
+    met = _sums(loss, carry.params, tree.take(shared.examples, row), real, key)
     return carry._replace(
-        gradient=jax.tree.map(jnp.add, carry.gradient, gradient),
-        loss=carry.loss + total,
-        examples=carry.examples + jnp.sum(real),
+        so_far=jax.tree.map(jnp.add, carry.so_far, met),
+        loss=carry.loss + met.loss,
+        examples=carry.examples + met.examples,
     )
 
 
-def _no_gradient(shared: Shared) -> Tree:
-    return jax.tree.map(jnp.zeros_like, shared.params)
+def _nothing(shared: Shared) -> Pass:
+    """An empty sum. In half precision a long one would stall: sums are kept in float32 or better."""
+    wide = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), shared.params)
+    return Pass(wide, jnp.zeros(()), jnp.zeros(()))
+
+
+def _mean(summed: Pass, params: Tree) -> Tree:
+    """Mean gradient in the dtypes of `params`; 0 over no example, so that nothing is NaN even if unused."""
+    count = jnp.maximum(summed.examples, 1.0)
+    return jax.tree.map(lambda g, p: (g / count).astype(p.dtype), summed.gradient, params)
 
 
 def _start(optimizer: optax.GradientTransformationExtraArgs, shared: Shared) -> Carry:
     return Carry(shared.params, optimizer.init(shared.params), (), jnp.zeros(()), jnp.zeros(()))
 
 
-def _descend(
-    optimizer: optax.GradientTransformationExtraArgs, shared: Shared, carry: Carry, gradient: Tree, value: jax.Array
-) -> Carry:
+def _descend(optimizer: optax.GradientTransformationExtraArgs, shared: Shared, carry: Carry, met: Pass) -> Carry:
+    """One step of the client optimizer along the mean of what was met."""
     updates, state = optimizer.update(
-        gradient, carry.optimizer, carry.params, anchor=shared.params, round=shared.round, value=value
+        _mean(met, carry.params),
+        carry.optimizer,
+        carry.params,
+        anchor=shared.params,
+        round=shared.round,
+        value=met.loss / jnp.maximum(met.examples, 1.0),
     )
     return carry._replace(params=optax.apply_updates(carry.params, updates), optimizer=state)
 

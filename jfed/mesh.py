@@ -26,9 +26,9 @@ def make(shape: Sequence[int] | None = None, names: Sequence[str] = ("clients",)
     >>> make((1,)).axis_names
     ('clients',)
     """
-    shape = (jax.device_count(),) if shape is None else tuple(shape)
-    if len(shape) != len(names):
-        raise ValueError(f"make(shape={shape}, names={tuple(names)}): every axis needs exactly one name.")
+    shape = (jax.device_count(),) if shape is None else tuple(np.atleast_1d(shape).tolist())
+    if not shape or len(shape) != len(names):
+        raise ValueError(f"make(shape={shape}, names={tuple(names)}): there must be an axis, and one name for each.")
     needed = int(np.prod(shape))
     if needed > jax.device_count() or min(shape) < 1:
         raise ValueError(

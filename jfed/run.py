@@ -93,20 +93,27 @@ def iterate(
       start: rounds run before, on the same key; those are not run again.
       every: rounds in one compiled program; a last, shorter stretch is compiled separately.
 
-    Yields:
-      A `Moment` after each stretch.
+    Returns:
+      An iterator of a `Moment` after each stretch.
 
     Raises:
-      ValueError: if `rounds` or `every` is not a whole number of at least 1.
+      ValueError: if `rounds` or `every` is not a whole number of at least 1, or `start` is beyond them.
     """
     _validate.at_least_one("iterate", "rounds", rounds, "it is the length of the whole run")
     _validate.at_least_one("iterate", "every", every, "1 yields after each round")
-    done = start
-    while done < rounds:
-        stretch = min(every - done % every, rounds - done)
-        state, metrics = scan_rounds(algorithm, sampler, population, state, key, rounds=stretch, start=done)
-        done += stretch
-        yield Moment(done, state, metrics)
+    start = int(start)
+    if not 0 <= start <= rounds:
+        raise ValueError(f"iterate(start={start}): start must lie in [0, {rounds}], the rounds of the whole run.")
+
+    def moments():
+        done, now = start, state
+        while done < rounds:
+            stretch = min(every - done % every, rounds - done)
+            now, metrics = scan_rounds(algorithm, sampler, population, now, key, rounds=stretch, start=done)
+            done += stretch
+            yield Moment(done, now, metrics)
+
+    return moments()
 
 
 @functools.partial(jax.jit, static_argnames=("metrics", "batch_size"))
@@ -154,28 +161,21 @@ def evaluate_clients(
     _validate.at_least_one("evaluate_clients", "batch_size", batch_size, "a good start is 32")
     client_map = lanes(16) if client_map is None else client_map
 
-    def batch_sums(examples, row, real):
-        values = metrics(params, tree.take(examples, row))
+    def batch_sums(shared, client, batch):
+        row, real = client_rows(client, batch, batch_size)
+        values = metrics(shared.params, tree.take(shared.examples, row))
         return {
             name: jnp.stack([jnp.sum(jnp.where(real, total, 0.0)), jnp.sum(jnp.where(real, count, 0.0))])
             for name, (total, count) in values.items()
         }
 
-    def start_fn(shared, client):
-        row, real = client_rows(client, jnp.int32(0), batch_size)
-        return tree.zeros(jax.eval_shape(batch_sums, shared.examples, row, real))
-
-    def step_fn(shared, client, sums, t):
-        row, real = client_rows(client, t, batch_size)
-        return jax.tree.map(jnp.add, sums, batch_sums(shared.examples, row, real))
-
     work = ClientWork(
         steps=lambda size: -(-size // batch_size),
-        start=start_fn,
-        step=step_fn,
+        start=lambda shared, client: tree.zeros(jax.eval_shape(batch_sums, shared, client, jnp.int32(0))),
+        step=lambda shared, client, sums, t: jax.tree.map(jnp.add, sums, batch_sums(shared, client, t)),
         finish=lambda shared, client, sums: (sums, ()),
     )
     cohort = make_cohort(population, jnp.arange(population.size.shape[0]), steps=work.steps)
-    shared = Shared(params=(), examples=cohort.examples, key=jax.random.key(0), round=jnp.zeros((), jnp.int32))
+    shared = Shared(params, cohort.examples, key=jax.random.key(0), round=jnp.zeros((), jnp.int32))
     sums, _ = client_map(work, shared, cohort._replace(examples=()))
     return {name: s[:, 0] / s[:, 1] for name, s in sums.items()}

@@ -130,7 +130,5 @@ def schedule(ids: np.ndarray, *, steps: Steps) -> Sampler:
 def _clients_for(where: str, wanted: int, population: Population, name: str = "cohort_size") -> int:
     n = population.size.shape[0]
     if wanted > n:
-        raise ValueError(
-            f"{where}({name}={wanted}): the population has {n} clients; ask for at most {n}, or draw with_replacement."
-        )
+        raise ValueError(f"{where}({name}={wanted}): the population has {n} clients; ask for at most {n}.")
     return n

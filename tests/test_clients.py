@@ -158,6 +158,11 @@ def test_a_bound_that_is_no_count_is_refused():
         vectorised(max_steps=0)
 
 
+def test_a_bound_known_to_be_too_low_is_refused():
+    with pytest.raises(ValueError, match=r"vectorised\(max_steps=3\): a client of this cohort does 4 steps"):
+        vectorised(max_steps=3)(WORK, jnp.int32(0), make_cohort([4, 1]))
+
+
 def test_an_axis_the_mesh_does_not_have_is_refused():
     with pytest.raises(ValueError, match=r"sharded\(axis='x'\): the mesh has axes \('clients',\)"):
         sharded(mesh.make(), lanes(1), axis="x")

@@ -39,6 +39,18 @@ def test_weights_that_cannot_be_averaged_are_refused(weight):
         make_cohort(POPULATION, jnp.array([1, 2]), steps=steps, weight=jnp.array(weight))
 
 
+@pytest.mark.parametrize("ids", [[], [1.7], [[1]]])
+def test_ids_that_are_no_ids_are_refused(ids):
+    with pytest.raises(ValueError, match="one row of at least one integer"):
+        make_cohort(POPULATION, ids, steps=steps)
+
+
+def test_a_population_on_the_host_serves_inside_a_compiled_program():
+    host = jax.tree.map(np.asarray, POPULATION)
+    sizes = jax.jit(lambda i: make_cohort(host, i, steps=steps, weight=[1.0, 2.0]).size)(jnp.array([4, 0]))
+    np.testing.assert_array_equal(sizes, SIZES[[4, 0]])
+
+
 def test_traced_weights_pass():
     cohort = jax.jit(lambda w: make_cohort(POPULATION, jnp.array([1, 2]), steps=steps, weight=w))(jnp.zeros(2))
     assert float(cohort.weight.sum()) == 0

@@ -7,7 +7,7 @@ import pytest
 from problem import PARAMS, SIZES, close, cohort_of, examples_of, numpy_gradient, numpy_sgd_client
 
 from jfed import local, tree
-from jfed.core import Shared
+from jfed.core import Population, Shared, make_cohort
 
 KEY = jax.random.key(11)
 
@@ -121,18 +121,27 @@ def test_any_optax_optimizer_trains_the_client():
     close(kept, jax.tree.map(jnp.negative, updates), tolerance=1e-4)
 
 
-def test_the_optimizer_is_told_the_anchor_the_round_and_the_loss():
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda loss, optimizer: local.sgd(loss, optimizer, batch_size=64, epochs=3),
+        lambda loss, optimizer: local.full_batch(loss, optimizer, epochs=3, chunk_size=3),
+    ],
+    ids=["sgd", "full_batch"],
+)
+def test_the_optimizer_is_told_the_anchor_the_round_and_the_loss(make):
     def update_fn(updates, state, params=None, *, anchor, round, value):
         pull = jax.tree.map(lambda p, a: p - a, params, anchor)
-        return jax.tree.map(lambda g, d: -0.1 * g - 0.5 * d + round + 0.0 * value, updates, pull), state
+        return jax.tree.map(lambda g, d: -0.1 * g - 0.5 * d + round + value, updates, pull), state
 
     told = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
-    work = local.sgd(problem.loss, told, batch_size=64, epochs=2)
+    work = make(problem.loss, told)
     kept, _ = run_alone(work, 0, round=3)
     data, w = examples_of(0), {k: np.asarray(v, np.float64) for k, v in PARAMS.items()}
-    for _ in range(2):
+    for _ in range(3):
         g = numpy_gradient(w, data["x"], data["y"])
-        w = {k: w[k] - 0.1 * g[k] - 0.5 * (w[k] - np.asarray(PARAMS[k])) + 3 for k in w}
+        value = float(problem.loss(w, data, None).mean())
+        w = {k: w[k] - 0.1 * g[k] - 0.5 * (w[k] - np.asarray(PARAMS[k])) + 3 + value for k in w}
     close(model_of(kept), w)
 
 
@@ -152,10 +161,34 @@ def test_a_loss_draws_differently_in_every_step_and_client():
     assert len({round(v, 5) for v in (first[0], first[3], second)}) == 3
 
 
-def test_a_loss_that_averages_the_batch_is_refused():
-    work = local.sgd(lambda *a: problem.loss(*a).mean(), optax.sgd(0.1), batch_size=4)
-    with pytest.raises(ValueError, match="must return one value an example; leave out the mean"):
+@pytest.mark.parametrize("wrong", [lambda *a: problem.loss(*a).mean(), lambda *a: (problem.loss(*a), {})])
+def test_a_loss_that_is_not_one_value_an_example_is_refused(wrong):
+    work = local.sgd(wrong, optax.sgd(0.1), batch_size=4)
+    with pytest.raises(ValueError, match="must return one value an example, shape .4,.; leave out the mean"):
         run_alone(work, 0)
+
+
+def test_params_that_cannot_be_trained_are_named():
+    work = local.sgd(lambda p, batch, key: problem.loss(p["net"], batch, key), optax.sgd(0.1), batch_size=4)
+    with pytest.raises(ValueError, match="params.'count'. has dtype int32 and cannot be trained"):
+        run_alone(work, 0, params={"net": PARAMS, "count": jnp.int32(0)})
+
+
+@pytest.mark.parametrize("make", [local.gradient, lambda *a, **k: local.full_batch(*a, optax.sgd(1.0), **k)])
+def test_long_sums_of_gradients_do_not_stall_in_half_precision(make):
+    """2000 equal gradients of 1: summed in bfloat16 they would stop at 256."""
+    examples = jnp.ones((2000, 1))
+    work = make(lambda p, x, key: p * x[:, 0], chunk_size=1)
+    shared = Shared(jnp.bfloat16(0.0), examples, KEY, jnp.int32(0))
+    client = tree.take(make_cohort(Population(examples, [0], [2000]), [0], steps=work.steps)._replace(examples=()), 0)
+    carry = jax.lax.fori_loop(0, 2000, lambda t, c: work.step(shared, client, c, t), work.start(shared, client))
+    kept, _ = work.finish(shared, client, carry)
+    assert kept.dtype == jnp.bfloat16 and float(kept) == 1.0
+
+
+def test_a_gradient_asked_for_more_steps_than_it_needs_is_the_same():
+    work = local.gradient(problem.loss, chunk_size=3)
+    close(run_alone(work, 0, steps=5), run_alone(work, 0))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,11 @@ def test_a_mesh_may_take_some_devices_along_several_axes():
 
 @pytest.mark.parametrize(
     ("shape", "names", "message"),
-    [((9,), ("clients",), "needs 9 devices and there are 8"), ((2, 2), ("a",), "exactly one name")],
+    [
+        ((), (), "there must be an axis"),
+        ((9,), ("clients",), "needs 9 devices and there are 8"),
+        ((2, 2), ("a",), "one name for each"),
+    ],
 )
 def test_a_mesh_that_cannot_be_is_refused(shape, names, message):
     with pytest.raises(ValueError, match=message):

@@ -120,6 +120,12 @@ def test_growing_a_population_needs_no_new_program_of_another_algorithm():
     assert run.scan_rounds._cache_size() == before + 1
 
 
+def test_iterate_refuses_a_start_outside_its_rounds_at_once():
+    for start in (-1, 9):
+        with pytest.raises(ValueError, match=rf"iterate\(start={start}\): start must lie in \[0, 8\]"):
+            run.iterate(METHOD, SAMPLER, POPULATION, None, KEY, rounds=8, start=start)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

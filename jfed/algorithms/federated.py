@@ -17,9 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jfed import local, tree
+from jfed import _validate, tree
 from jfed.clients import lanes
 from jfed.core import Algorithm, ClientMap, ClientWork, Cohort, Shared, Tree
+
+# Streams of the round's key besides the clients' own, which are numbered from 0: far past any id.
+_SERVER, _UPLINK = 2**31 - 1, 2**31 - 2
 
 
 class FederatedState(NamedTuple):
@@ -44,16 +47,21 @@ def federated(
     """Builds a federated method out of what a client does, what it sends and what the server does.
 
     Guarantees:
-      * An update that is not finite is dropped whole: it weighs nothing, leaves the client's uplink
-        state as it was, and is counted under `"dropped"`.
-      * A round in which nobody reports (all weights 0, or all dropped) leaves the model and the
-        server's state as they were.
+      * A client is dropped whole if its update, message, weighted message or uplink state is not
+        finite, its weight is not a finite number of at least 0, or its id is not below the
+        `num_clients` given: it weighs nothing and is counted under `"dropped"`.
+      * A client that is absent (weight 0) or dropped keeps its uplink state.
+      * A round in which nobody reports leaves the model and the server's state as they were.
       * The result does not depend on the client map, client order or empty slots.
 
     The metrics of a round: `"loss"`, the mean over the examples that reporting clients trained on
-    (NaN if there were none); `"reports"`, clients averaged; `"dropped"`, clients whose update was
-    not finite; `"steps"`, local steps done by all; `"downloads"` and `"uploads"`, messages sent to
-    and by clients; `"download_bytes"` and `"upload_bytes"`, bytes of ONE such message (uint32).
+    (NaN if there were none, clients whose own loss was not finite left out); `"reports"`, clients
+    averaged; `"dropped"`; `"steps"`, local steps done by all; `"downloads"` and `"uploads"`, messages
+    sent to and by clients; `"download_bytes"` and `"upload_bytes"`, bytes of ONE such message (uint32;
+    from 4 GiB on float32).
+
+    Transforms may take the extra arguments `key` and `round` (rounds completed before this one);
+    the uplink's key is the client's own.
 
     Args:
       work: keeps the pseudo-gradient and adds `{"loss", "examples"}`; see `jfed.local`.
@@ -67,6 +75,15 @@ def federated(
 
     Raises:
       ValueError: at `init`, if the uplink has state and `num_clients` is missing.
+
+    >>> from jfed import core, local
+    >>> work = local.full_batch(lambda w, x, key: (w - x) ** 2 / 2, optax.sgd(0.5))
+    >>> fedavg = federated(work)
+    >>> population = core.Population(jnp.array([1.0, 3.0, 5.0]), jnp.array([0, 1]), jnp.array([1, 2]))
+    >>> cohort = core.make_cohort(population, jnp.arange(2), steps=work.steps)
+    >>> state, metrics = fedavg.round(fedavg.init(jnp.array(0.0)), cohort, jax.random.key(0))
+    >>> print(state.params, metrics["reports"])
+    1.5 2
     """
     server = optax.with_extra_args_support(optax.sgd(1.0) if server is None else server)
     uplink = optax.with_extra_args_support(optax.identity() if uplink is None else uplink)
@@ -74,6 +91,7 @@ def federated(
     client_map = lanes(16) if client_map is None else client_map
 
     def init_fn(params: Tree) -> FederatedState:
+        params = jax.tree.map(jnp.asarray, params)
         one = uplink.init(params)
         if jax.tree.leaves(one) and num_clients is None:
             raise ValueError(
@@ -88,68 +106,83 @@ def federated(
             round=jnp.zeros((), jnp.int32),
         )
 
-    def finish_fn(shared: Shared, client: Cohort, carry: Tree) -> tuple[Tree, Tree]:
+    def send(shared: Shared, client: Cohort, carry: Tree) -> tuple[Tree, Tree, Tree, Tree]:
+        """A client's update, the message made of it, its uplink state after that, and what its training added."""
         update, trained = work.finish(shared, client, carry)
-        message, memory = uplink.update(update, client.state, shared.params)
-        finite = tree.all_finite(update) & tree.all_finite(message)
-        message = tree.select(finite, message, jax.tree.map(jnp.zeros_like, message))
-        memory = tree.select(finite, memory, client.state)
-        weight = jnp.where(finite, client.weight, 0.0)
-        reports = weight > 0
+        key = jax.random.fold_in(jax.random.fold_in(shared.key, _UPLINK), client.ids)
+        message, memory = uplink.update(update, client.state, shared.params, key=key, round=shared.round)
+        return update, message, memory, trained
+
+    def finish_fn(shared: Shared, client: Cohort, carry: Tree) -> tuple[Tree, Tree]:
+        update, message, memory, trained = send(shared, client, carry)
+        weighted = jax.tree.map(lambda m: client.weight * m, message)
+        sound = (
+            tree.all_finite((update, message, weighted, memory)) & jnp.isfinite(client.weight) & (client.weight >= 0)
+        )
+        if jax.tree.leaves(client.state):
+            sound &= client.ids < num_clients
+        reports = sound & (client.weight > 0)
+
+        def if_(condition, value):
+            return tree.select(condition, value, jax.tree.map(jnp.zeros_like, value))
+
+        weight = if_(reports, client.weight)
         added = {
             "weight": weight,
-            "trained": tree.select(reports, trained, jax.tree.map(jnp.zeros_like, trained)),
+            "trained": if_(reports & tree.all_finite(trained), trained),
             "reports": reports.astype(jnp.int32),
-            "dropped": (~finite & (client.weight > 0)).astype(jnp.int32),
+            "dropped": (~sound & (client.weight != 0)).astype(jnp.int32),
         }
+        kept = {"memory": tree.select(reports, memory, client.state)}
         if aggregator is None:
-            added["message"] = jax.tree.map(lambda m: weight * m, message)
-            return {"memory": memory}, added
-        return {"memory": memory, "message": message, "weight": weight}, added
+            return kept, added | {"message": if_(reports, weighted)}
+        return kept | {"message": if_(reports, message), "weight": weight}, added
 
     def round_fn(state: FederatedState, cohort: Cohort, key: jax.Array) -> tuple[FederatedState, dict]:
         shared = Shared(state.params, cohort.examples, key, state.round)
         clients = cohort._replace(examples=(), state=tree.take(state.clients, cohort.ids))
         kept, added = client_map(work._replace(finish=finish_fn), shared, clients)
 
+        extra = {"key": jax.random.fold_in(key, _SERVER), "round": state.round}
         if aggregator is None:
             total = jnp.where(added["weight"] > 0, added["weight"], 1.0)
             mean = jax.tree.map(lambda m, p: (m / total).astype(p.dtype), added["message"], state.params)
             memory = state.aggregator
         else:
-            mean, memory = aggregator.update(kept["message"], state.aggregator, state.params, weights=kept["weight"])
-        updates, server_state = server.update(mean, state.server, state.params)
-        stepped = FederatedState(
-            params=optax.apply_updates(state.params, updates),
-            server=server_state,
-            aggregator=memory,
-            clients=state.clients,
-            round=state.round,
-        )
-        stepped = tree.select(added["reports"] > 0, stepped, state)
-        stepped = stepped._replace(
-            # An empty slot's id is past the last row, so nothing is written for it.
-            clients=tree.put(state.clients, cohort.ids, kept["memory"]),
-            round=state.round + 1,
-        )
-        return stepped, metrics_fn(state, cohort, added)
+            mean, memory = aggregator.update(
+                kept["message"], state.aggregator, state.params, weights=kept["weight"], **extra
+            )
+        updates, server_state = server.update(mean, state.server, state.params, **extra)
+        before = (state.params, state.server, state.aggregator)
+        after = (optax.apply_updates(state.params, updates), server_state, memory)
+        after = tree.select(added["reports"] > 0, after, before)
+        # An empty slot's id is past the last row, so nothing is written for it.
+        memories = tree.put(state.clients, cohort.ids, kept["memory"])
+        return FederatedState(*after, memories, state.round + 1), metrics_fn(shared, clients, added)
 
-    def metrics_fn(state: FederatedState, cohort: Cohort, added: dict) -> dict:
+    def metrics_fn(shared: Shared, clients: Cohort, added: dict) -> dict:
+        def message_of(shared, client):
+            return send(shared, client, work.start(shared, client))[1]
+
+        message = jax.eval_shape(message_of, shared, jax.eval_shape(lambda c: tree.take(c, 0), clients))
         examples = added["trained"]["examples"]
-        one = jax.tree.map(lambda x: x[0], state.clients)
-        message, _ = jax.eval_shape(uplink.update, state.params, one, state.params)
         return {
             "loss": jnp.where(examples > 0, added["trained"]["loss"] / jnp.maximum(examples, 1), jnp.nan),
             "reports": added["reports"],
             "dropped": added["dropped"],
-            "steps": jnp.sum(cohort.steps),
-            "downloads": jnp.sum(cohort.size > 0, dtype=jnp.int32),
-            "uploads": jnp.sum(cohort.weight > 0, dtype=jnp.int32),
-            "download_bytes": np.uint32(tree.nbytes(state.params)),
-            "upload_bytes": np.uint32(tree.nbytes(message)),
+            "steps": jnp.sum(clients.steps),
+            "downloads": jnp.sum(clients.size > 0, dtype=jnp.int32),
+            "uploads": jnp.sum(clients.weight != 0, dtype=jnp.int32),
+            "download_bytes": _count(tree.nbytes(shared.params)),
+            "upload_bytes": _count(tree.nbytes(message)),
         }
 
     return Algorithm(init=init_fn, round=round_fn, params=lambda state: state.params)
+
+
+def _count(nbytes: int) -> np.uint32 | np.float32:
+    """A count that fits a metric: exact below 4 GiB."""
+    return np.uint32(nbytes) if nbytes < 2**32 else np.float32(nbytes)
 
 
 def fedavg(work: ClientWork, **options) -> Algorithm:
@@ -162,29 +195,106 @@ def fedavg(work: ClientWork, **options) -> Algorithm:
     return federated(work, server=optax.sgd(1.0), **options)
 
 
-def fedsgd(loss: local.Loss, *, learning_rate: float, chunk_size: int = 64, **options) -> Algorithm:
+def fedsgd(work: ClientWork, *, learning_rate: float, **options) -> Algorithm:
     """FedSGD: one step along the mean gradient of the cohort's examples (McMahan et al. 2017, section 2).
 
     Args:
-      loss: `(params, batch, key) -> [B]`.
+      work: `local.gradient(loss)`.
       learning_rate: eta, on the server.
-      chunk_size: examples at once on a client; it does not change the result.
-      **options: those of `federated`, save `server`.
+      **options: those of `fedavg`.
+
+    Raises:
+      ValueError: if `learning_rate` is not above 0.
     """
-    return federated(local.gradient(loss, chunk_size=chunk_size), server=optax.sgd(learning_rate), **options)
+    _validate.positive("fedsgd", "learning_rate", learning_rate, "a good start is 0.1")
+    return federated(work, server=optax.sgd(learning_rate), **options)
 
 
 def fedavgm(work: ClientWork, *, learning_rate: float = 1.0, momentum: float = 0.9, **options) -> Algorithm:
-    """FedAvgM: momentum on the server, `v <- beta v + Delta` (Hsu et al. 2019, arXiv:1909.06335)."""
+    """FedAvgM: momentum on the server, `v <- beta v + Delta`, `w <- w - eta v` (Hsu et al. 2019, arXiv:1909.06335).
+
+    Args:
+      work: usually `local.sgd(...)`.
+      learning_rate: eta, on the server.
+      momentum: beta, in [0, 1].
+      **options: those of `fedavg`.
+
+    Raises:
+      ValueError: if `learning_rate` is not above 0, or `momentum` not in [0, 1].
+    """
+    _validate.positive("fedavgm", "learning_rate", learning_rate, "1.0 is FedAvg's")
+    _validate.within("fedavgm", "momentum", momentum, 0.0, 1.0, "0.9 is usual")
     return federated(work, server=optax.sgd(learning_rate, momentum=momentum), **options)
 
 
-def _adaptive(second_moment: Callable, learning_rate: float, b1: float, tau: float) -> optax.GradientTransformation:
-    """Algorithm 2 of Reddi et al. 2021: `x <- x - eta m / (sqrt(v) + tau)`, without bias correction.
+def fedadagrad(work: ClientWork, *, learning_rate: float, tau: float = 1e-3, **options) -> Algorithm:
+    """FedAdagrad: `v <- v + Delta^2` (Reddi et al. 2021, Algorithm 2, with b1 = 0 as in the paper's runs).
 
-    `m <- b1 m + (1 - b1) Delta`, and `v <- second_moment(v, Delta^2)`, both from 0. (The paper's
-    Delta is the client's change, ours the pseudo-gradient, its negative.)
+    Args:
+      work: usually `local.sgd(...)`.
+      learning_rate: eta, on the server.
+      tau: adaptivity; the smaller, the more adaptive.
+      **options: those of `fedavg`.
+
+    Raises:
+      ValueError: if `learning_rate` or `tau` is not above 0.
     """
+    return _adaptive("fedadagrad", work, lambda v, d2: v + d2, learning_rate, 0.0, 0.0, tau, options)
+
+
+def fedadam(
+    work: ClientWork, *, learning_rate: float, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3, **options
+) -> Algorithm:
+    """FedAdam: `v <- b2 v + (1 - b2) Delta^2` (Reddi et al. 2021, Algorithm 2).
+
+    Args:
+      work: usually `local.sgd(...)`.
+      learning_rate: eta, on the server.
+      b1: decay of the first moment, in [0, 1].
+      b2: decay of the second moment, in [0, 1].
+      tau: adaptivity; the smaller, the more adaptive.
+      **options: those of `fedavg`.
+
+    Raises:
+      ValueError: if `learning_rate` or `tau` is not above 0, or `b1` or `b2` not in [0, 1].
+    """
+    return _adaptive("fedadam", work, lambda v, d2: b2 * v + (1 - b2) * d2, learning_rate, b1, b2, tau, options)
+
+
+def fedyogi(
+    work: ClientWork, *, learning_rate: float, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3, **options
+) -> Algorithm:
+    """FedYogi: `v <- v - (1 - b2) Delta^2 sign(v - Delta^2)` (Reddi et al. 2021, Algorithm 2).
+
+    Arguments and errors are those of `fedadam`.
+    """
+
+    def second_moment(v, d2):
+        return v - (1 - b2) * d2 * jnp.sign(v - d2)
+
+    return _adaptive("fedyogi", work, second_moment, learning_rate, b1, b2, tau, options)
+
+
+def _adaptive(
+    name: str,
+    work: ClientWork,
+    second_moment: Callable,
+    learning_rate: float,
+    b1: float,
+    b2: float,
+    tau: float,
+    options: dict,
+) -> Algorithm:
+    """Algorithm 2 of Reddi et al. 2021: `m <- b1 m + (1 - b1) Delta`, `x <- x - eta m / (sqrt(v) + tau)`.
+
+    There is no bias correction. Three differences from the page: Delta there is the clients' change,
+    here its negative; its mean there is uniform, here weighted; and v there starts from at least
+    tau^2, here from 0, as in the authors' runs.
+    """
+    _validate.positive(name, "learning_rate", learning_rate, "a good start is 0.01")
+    _validate.positive(name, "tau", tau, "the paper's runs use 1e-5 to 1e-1")
+    _validate.within(name, "b1", b1, 0.0, 1.0, "0.9 is usual")
+    _validate.within(name, "b2", b2, 0.0, 1.0, "0.99 is usual")
 
     def init_fn(params):
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -192,32 +302,9 @@ def _adaptive(second_moment: Callable, learning_rate: float, b1: float, tau: flo
 
     def update_fn(delta, state, params=None):
         del params
-        m = jax.tree.map(lambda m, d: b1 * m + (1 - b1) * d, state["m"], delta)
-        v = jax.tree.map(lambda v, d: second_moment(v, d * d), state["v"], delta)
+        m = jax.tree.map(lambda m, d: (b1 * m + (1 - b1) * d).astype(m.dtype), state["m"], delta)
+        v = jax.tree.map(lambda v, d: second_moment(v, d * d).astype(v.dtype), state["v"], delta)
         updates = jax.tree.map(lambda m, v: -learning_rate * m / (jnp.sqrt(v) + tau), m, v)
         return updates, {"m": m, "v": v}
 
-    return optax.GradientTransformation(init_fn, update_fn)
-
-
-def fedadagrad(work: ClientWork, *, learning_rate: float, tau: float = 1e-3, **options) -> Algorithm:
-    """FedAdagrad: `v <- v + Delta^2` (Reddi et al. 2021, Algorithm 2; beta_1 = 0 as in the paper's runs)."""
-    return federated(work, server=_adaptive(lambda v, d2: v + d2, learning_rate, 0.0, tau), **options)
-
-
-def fedadam(
-    work: ClientWork, *, learning_rate: float, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3, **options
-) -> Algorithm:
-    """FedAdam: `v <- b2 v + (1 - b2) Delta^2` (Reddi et al. 2021, Algorithm 2)."""
-    return federated(work, server=_adaptive(lambda v, d2: b2 * v + (1 - b2) * d2, learning_rate, b1, tau), **options)
-
-
-def fedyogi(
-    work: ClientWork, *, learning_rate: float, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3, **options
-) -> Algorithm:
-    """FedYogi: `v <- v - (1 - b2) Delta^2 sign(v - Delta^2)` (Reddi et al. 2021, Algorithm 2)."""
-    return federated(
-        work,
-        server=_adaptive(lambda v, d2: v - (1 - b2) * d2 * jnp.sign(v - d2), learning_rate, b1, tau),
-        **options,
-    )
+    return federated(work, server=optax.GradientTransformation(init_fn, update_fn), **options)

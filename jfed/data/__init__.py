@@ -9,7 +9,8 @@ import importlib
 from typing import Any
 
 from jfed.data import partition, shift, skew
-from jfed.data.population import by_owner, check, check_labels, client, from_clients, owner, population, split
+from jfed.data._checks import check, check_labels
+from jfed.data.population import by_owner, client, from_clients, owner, population, split
 
 # The function `population` hides the module of that name; `from jfed.data.population import ...` still finds it.
 
@@ -27,8 +28,9 @@ _LAZY = {
     "emnist": "sets",
     "cifar10": "sets",
     "cifar100": "sets",
-    "shakespeare": "sets",
-    "heart": "sets",
+    "shakespeare": "natural",
+    "heart": "natural",
+    "HEART_FEATURES": "natural",
 }
 
 __all__ = [

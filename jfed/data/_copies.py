@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from jfed.data.readers import from_hugging_face, read_cifar, read_idx
+from jfed.data._cifar import CIFAR_10_FILES, CIFAR_100_FILES, read_cifar_10, read_cifar_100
+from jfed.data.readers import from_hugging_face, read_idx
 
 Raw = list[np.ndarray]
 """Train images, train labels, test images, test labels, as the files hold them."""
 
+CIFAR_ROWS = (50_000, 10_000)
 IDX_STEMS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
@@ -101,24 +103,27 @@ def read_keras_archive(archive: Path, sha256: tuple[str, ...]) -> Raw | None:
 
 
 def read_cifar_folder(folder: Path, name: str) -> Raw | None:
-    """Reads CIFAR's batches if the folder holds those of the set `name`."""
-    # Only one of the two layouts will do: a folder with `train` and `test` may hold anything.
-    if not (folder / ("test_batch" if name == "cifar10" else "train")).is_file():
+    """Reads CIFAR's batches if the folder holds any of the set `name`; all must then be there and whole."""
+    # Of the two layouts only that of `name` will do, and one folder may hold both.
+    files, read = (CIFAR_10_FILES, read_cifar_10) if name == "cifar10" else (CIFAR_100_FILES, read_cifar_100)
+    if not any((folder / file).is_file() for file in files):
         return None
-    train, test = read_cifar(folder)
-    return [train["x"], train["y"], test["x"], test["y"]]
+    train, test = read(folder)
+    return checked([train["x"], train["y"], test["x"], test["y"]], rows=CIFAR_ROWS)
 
 
-def hugging_face(name: str, image: str, label: str, sha256: Any) -> Iterator[tuple[str, Callable[[], Raw | None]]]:
-    """The candidate that reads Arrow files, if the package that can is installed."""
+def hugging_face(
+    name: str, image: str, label: str, **canonical: Any
+) -> Iterator[tuple[str, Callable[[], Raw | None]]]:
+    """The candidate that reads Arrow files, if the package that can is installed; `canonical` is for `checked`."""
     root = hugging_face_folder()
     if importlib.util.find_spec("datasets") is None:
         yield f"{root}  [not looked at: needs the package `datasets`]", lambda: None
     else:
-        yield str(root), partial(_read_arrow, root, name, image, label, sha256)
+        yield str(root), partial(_read_arrow, root, name, image, label, **canonical)
 
 
-def _read_arrow(root: Path, name: str, image: str, label: str, sha256: Any) -> Raw | None:
+def _read_arrow(root: Path, name: str, image: str, label: str, **canonical: Any) -> Raw | None:
     # <owner>___<name>/<config>/<version>/<hash>/<name>-<split>.arrow; from_file never reaches for the network.
     for first in sorted(
         [*root.glob(f"*{name}/*/*/*/{name}-train.arrow"), *root.glob(f"{name}/*/*/{name}-train.arrow")]
@@ -131,17 +136,19 @@ def _read_arrow(root: Path, name: str, image: str, label: str, sha256: Any) -> R
                 parts = [from_hugging_face(datasets.Dataset.from_file(str(p)), columns=[image, label]) for p in paths]
             except Exception as error:  # Arrow and image decoders raise their own kinds
                 raise ValueError(f"{first} cannot be read: {error}") from error
-            return checked([part[column] for part in parts for column in (image, label)], sha256)
+            return checked([part[column] for part in parts for column in (image, label)], **canonical)
     return None
 
 
-def checked(raw: Raw, sha256: tuple[str, ...] | None) -> Raw:
-    """The four arrays, if their shapes fit and, where known, they are the canonical ones."""
+def checked(raw: Raw, sha256: tuple[str, ...] | None = None, *, rows: tuple[int, int] | None = None) -> Raw:
+    """The four arrays, if their shapes fit and, where known, their numbers of rows and checksums."""
     for images, labels in (raw[:2], raw[2:]):
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or labels.ndim != 1 or len(images) != len(labels):
             raise ValueError(
                 f"images {images.dtype}{list(images.shape)} and labels {list(labels.shape)} do not belong together"
             )
+    if rows is not None and (len(raw[0]), len(raw[2])) != rows:
+        raise ValueError(f"it has {len(raw[0])} and {len(raw[2])} images, not the set's {rows[0]} and {rows[1]}")
     for array, stem, checksum in zip(raw, IDX_STEMS, sha256 or (), strict=False):
         # The checksum is that of the IDX file, whatever the array was read from.
         head = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)

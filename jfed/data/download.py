@@ -2,6 +2,7 @@
 
 Nothing is fetched unless asked for. What comes is written to a temporary file beside its place, its
 checksum is compared, and only then is it renamed; a run that is interrupted leaves nothing to trip over.
+An archive's members likewise come to light together, by the renaming of a folder.
 """
 
 import hashlib
@@ -68,32 +69,41 @@ def fetch(source: Source, target: Path) -> None:
 def fetch_members(source: Source, folder: Path, wanted: Callable[[str], bool]) -> None:
     """Fetches a tar or zip archive and keeps the members wanted, each by its bare file name.
 
-    No path from inside the archive is used, so none can lead out of `folder`.
+    No path from inside the archive is used, so none can lead out of `folder`. All members are unpacked
+    beside `folder` and renamed to it at once. If it is there already and holds anything, they are
+    moved into it one by one, last of all, and what else it holds stays.
 
     Args:
       source: the archive; the checksum is of the archive itself.
-      folder: where the members go.
+      folder: where the members go; created with its parents.
       wanted: whether to keep a member, asked with its bare file name.
 
     Raises:
       ValueError: if the checksum is wrong or the archive damaged.
       OSError: if the address cannot be reached or the folder not be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
-        archive = Path(temporary, "archive")
+    folder = folder.resolve()  # the rename must not meet a link
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as temporary:
+        archive, unpacked = Path(temporary, "archive"), Path(temporary, "unpacked")
         fetch(source, archive)
+        unpacked.mkdir()
         try:
             for name, open_member in _members(archive):
                 if not wanted(name):
                     continue
-                part = Path(temporary, "part")
-                with open_member() as member, open(part, "wb") as file:
+                with open_member() as member, open(unpacked / name, "wb") as file:
                     while block := member.read(_BLOCK):
                         file.write(block)
-                os.replace(part, folder / name)
         except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{source.url}: the archive is damaged ({error}).") from error
+        try:
+            os.replace(unpacked, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            for path in unpacked.iterdir():
+                os.replace(path, folder / path.name)
 
 
 def _members(archive: Path) -> Iterator[tuple[str, Callable[[], Any]]]:

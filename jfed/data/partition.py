@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from jfed import _validate
-from jfed.data.population import numpy_generator
+from jfed.data._checks import at_least_zero, numpy_generator
 
 
 def iid(key: jax.Array, num_examples: int, *, num_clients: int) -> np.ndarray:
@@ -85,16 +85,14 @@ def dirichlet(key: jax.Array, labels: Any, *, num_clients: int, alpha: float, mi
     Two partitions go by this name. This is the one used most: for each class, shares over the N
     clients are drawn from a symmetric Dirichlet (Yurochkin et al. 2019; Li et al. 2022), so sizes
     differ too. Hsu et al. 2019 (arXiv:1909.06335) instead draw each client's mixture over classes, at
-    equal sizes. Two habits of the published code are left out: clients that have reached E / N rows
-    are not barred from further classes, and the draw is not repeated until every client is large
-    enough; rows move from the largest clients to those below `min_size`.
+    equal sizes. Two habits of the published code are left out: to bar clients that have reached E / N
+    rows from further classes, and to draw again until every client is large enough.
 
     Guarantees:
       * Every row has one owner, every client at least `min_size` rows.
       * With `min_size=0` the expected number of rows of a client in a class, given its share, is the
         share times the rows of the class.
-      * Ends, without NaN, for every finite alpha > 0: shares are formed from logarithms of gamma
-        variables, so that a small alpha tends to one client a class.
+      * Ends, without NaN, for every finite alpha > 0; a small alpha tends to one client a class.
 
     Args:
       key: random key.
@@ -150,7 +148,7 @@ def quantity_lognormal(
     >>> np.bincount(quantity_lognormal(jax.random.key(0), 100, num_clients=4, sigma=0.0)).tolist()
     [25, 25, 25, 25]
     """
-    _at_least_zero("quantity_lognormal", "sigma", sigma)
+    at_least_zero("quantity_lognormal", "sigma", sigma, "0 is IID, 1 is usual")
     _check("quantity_lognormal", num_examples, num_clients, min_size)
     rng = numpy_generator("quantity_lognormal", key)
     return _deal(rng, rng.standard_normal(num_clients), float(sigma), num_examples, min_size)
@@ -179,11 +177,10 @@ def quantity_power_law(
     >>> sorted(np.bincount(quantity_power_law(jax.random.key(0), 110, num_clients=3, exponent=1.0)).tolist())
     [20, 30, 60]
     """
-    _at_least_zero("quantity_power_law", "exponent", exponent)
+    at_least_zero("quantity_power_law", "exponent", exponent, "0 is IID, 1 is usual")
     _check("quantity_power_law", num_examples, num_clients, min_size)
     rng = numpy_generator("quantity_power_law", key)
-    rank = 1 + rng.permutation(num_clients)
-    return _deal(rng, -np.log(rank), float(exponent), num_examples, min_size)
+    return _deal(rng, -np.log(1 + rng.permutation(num_clients)), float(exponent), num_examples, min_size)
 
 
 def natural(ids: Iterable[Hashable]) -> tuple[np.ndarray, list]:
@@ -268,7 +265,7 @@ def _transfers(size: np.ndarray, min_size: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def _repair(rng: np.random.Generator, owner: np.ndarray, num_clients: int, min_size: int) -> np.ndarray:
-    """Moves random rows from the largest clients to those below `min_size`."""
+    """Moves random rows from the largest clients to those below `min_size`, in `owner` itself."""
     size = np.bincount(owner, minlength=num_clients)
     give, need = _transfers(size, min_size)
     if not need.any():
@@ -276,7 +273,6 @@ def _repair(rng: np.random.Generator, owner: np.ndarray, num_clients: int, min_s
     order = np.lexsort((rng.random(owner.size), owner))  # by owner, at random within
     place = np.arange(owner.size) - np.repeat(np.cumsum(size) - size, size)
     moved = order[place < np.repeat(give, size)]
-    owner = owner.copy()
     owner[rng.permutation(moved)] = np.repeat(np.arange(num_clients), need)
     return owner
 
@@ -301,11 +297,4 @@ def _check(where: str, num_examples: int, num_clients: int, each: int, name: str
         raise ValueError(
             f"{where}({what}num_clients={num_clients}): {num_clients} clients of at least {each} make more than the "
             f"{num_examples} rows there are; use fewer clients{f' or a smaller {name}' if each > 1 else ''}."
-        )
-
-
-def _at_least_zero(where: str, name: str, value: float) -> None:
-    if not (np.ndim(value) == 0 and np.isfinite(value) and value >= 0):
-        raise ValueError(
-            f"{where}({name}={value!r}): {name} must be a finite number of at least 0; 0 is IID, 1 is usual."
         )

@@ -17,37 +17,54 @@ import numpy as np
 
 from jfed import _validate
 from jfed.core import Population, Tree
+from jfed.data._checks import (
+    arrays,
+    as_jax,
+    check_finite,
+    check_labels_of,
+    check_sizes,
+    leaf_named,
+    numpy_generator,
+    owned_rows,
+    rows_of,
+)
 
-_MOST_ROWS = 2**31 - 1  # start and size are int32
 
-
-def population(examples: Tree, size: Any, *, allow_empty: bool = False) -> Population:
+def population(
+    examples: Tree, size: Any, *, allow_empty: bool = False, num_classes: int | None = None, label: str = "y"
+) -> Population:
     """A population from rows that already lie in client order.
 
     Args:
       examples: tree of arrays [E, ...], client 0's rows first.
       size: [N] integers, rows of each client; they sum to E.
       allow_empty: whether a client may have no rows.
+      num_classes: if given, the leaf `label` must hold labels in [0, num_classes), as `check_labels` has it.
+      label: name of the leaf of labels.
 
     Returns:
       A `Population` of N clients.
 
     Raises:
       ValueError: if leaves differ in length, sizes do not sum to E, a client is empty, there are
-        more than 2**31 - 1 rows, or a floating leaf holds a NaN or an infinity.
+        more than 2**31 - 1 rows, a floating leaf holds a NaN or an infinity, or a label is out of range.
 
     >>> print(population({"x": np.ones((5, 2))}, [2, 3]).start)
     [0 2]
     """
-    return _build("population", examples, size, allow_empty)
+    return _build("population", examples, size, allow_empty, num_classes, label)
 
 
-def from_clients(clients: Sequence[Tree], *, allow_empty: bool = False) -> Population:
+def from_clients(
+    clients: Sequence[Tree], *, allow_empty: bool = False, num_classes: int | None = None, label: str = "y"
+) -> Population:
     """A population from one tree of examples a client.
 
     Args:
       clients: N trees of one structure, client i's leaves [E_i, ...].
       allow_empty: whether a client may have no rows.
+      num_classes: if given, the leaf `label` must hold labels in [0, num_classes), as `check_labels` has it.
+      label: name of the leaf of labels.
 
     Returns:
       A `Population` of N clients in the order given.
@@ -71,8 +88,8 @@ def from_clients(clients: Sequence[Tree], *, allow_empty: bool = False) -> Popul
                 f"{structure}; give every client the same leaves."
             )
         where = f"from_clients(clients[{i}])"
-        leaves = _arrays(where, tree)
-        size.append(_rows(where, leaves))
+        leaves = arrays(where, tree)
+        size.append(rows_of(where, leaves))
         for (name, leaf), (_, first) in zip(leaves, columns[0] if columns else leaves, strict=True):
             if leaf.shape[1:] != first.shape[1:] or leaf.dtype != first.dtype:
                 raise ValueError(
@@ -81,19 +98,30 @@ def from_clients(clients: Sequence[Tree], *, allow_empty: bool = False) -> Popul
                 )
         columns.append(leaves)
     joined = [np.concatenate([leaf for _, leaf in same]) for same in zip(*columns, strict=True)]
-    return _build("from_clients", jax.tree.unflatten(structure, joined), size, allow_empty)
+    return _build("from_clients", jax.tree.unflatten(structure, joined), size, allow_empty, num_classes, label)
 
 
-def by_owner(examples: Tree, owner: Any, *, num_clients: int | None = None, allow_empty: bool = False) -> Population:
+def by_owner(
+    examples: Tree,
+    owner: Any,
+    *,
+    num_clients: int | None = None,
+    allow_empty: bool = False,
+    num_classes: int | None = None,
+    label: str = "y",
+) -> Population:
     """A population from rows in any order and the client that owns each.
 
-    A client's rows keep the order they have in `examples`.
+    A client's rows keep the order they have in `examples`. Rows left out are not checked, and errors
+    number the others as they lie there.
 
     Args:
       examples: tree of arrays [E, ...].
       owner: [E] integers in [0, N), or -1 to leave the row out; see `jfed.data.partition`.
       num_clients: N; by default one more than the largest owner.
       allow_empty: whether a client may have no rows.
+      num_classes: if given, the leaf `label` must hold labels in [0, num_classes), as `check_labels` has it.
+      label: name of the leaf of labels.
 
     Returns:
       A `Population` of N clients.
@@ -104,8 +132,8 @@ def by_owner(examples: Tree, owner: Any, *, num_clients: int | None = None, allo
     >>> print(by_owner({"y": np.array([10, 11, 12, 13])}, [1, 0, -1, 1]).examples["y"])
     [11 10 13]
     """
-    leaves = _arrays("by_owner", examples)
-    rows = _rows("by_owner", leaves)
+    leaves = arrays("by_owner", examples)
+    rows = rows_of("by_owner", leaves)
     owner = np.asarray(owner)
     if owner.shape != (rows,) or not np.issubdtype(owner.dtype, np.integer):
         raise ValueError(
@@ -126,7 +154,8 @@ def by_owner(examples: Tree, owner: Any, *, num_clients: int | None = None, allo
     size = np.bincount(owner[owner >= 0], minlength=num_clients)
     order = np.argsort(owner, kind="stable")[rows - int(size.sum()) :]  # the -1s sort first
     taken = [leaf[order] for _, leaf in leaves]
-    return _build("by_owner", jax.tree.unflatten(jax.tree.structure(examples), taken), size, allow_empty)
+    tree = jax.tree.unflatten(jax.tree.structure(examples), taken)
+    return _build("by_owner", tree, size, allow_empty, num_classes, label, number=order)
 
 
 def split(population: Population, fraction: float, *, key: jax.Array) -> tuple[Population, Population]:
@@ -215,109 +244,18 @@ def owner(population: Population) -> np.ndarray:
     return out
 
 
-def owned_rows(where: str, population: Population) -> tuple[np.ndarray, np.ndarray]:
-    """Clients and rows of all examples, client after client: `(who, rows)`, [sum of sizes] int64 both.
-
-    Raises:
-      ValueError: if leaves differ in length or a client reaches past the rows; `where` is named.
-    """
-    rows = _rows(where, _arrays(where, population.examples))
-    start, size = np.asarray(population.start, np.int64), np.asarray(population.size, np.int64)
-    bad = np.flatnonzero((size < 0) | (start < 0) | (start + size > rows))
-    if bad.size:
-        i = int(bad[0])
-        raise ValueError(
-            f"{where}(population): client {i} owns rows [{start[i]}, {start[i] + size[i]}) of {rows}; "
-            "build the population with jfed.data.population."
-        )
-    who = np.repeat(np.arange(size.size), size)
-    return who, np.repeat(start - (np.cumsum(size) - size), size) + np.arange(who.size)
-
-
-def leaf_named(where: str, examples: Tree, name: str) -> Any:
-    """The leaf `name` of examples that are a dict, or an error that says which there are."""
-    if isinstance(examples, dict) and name in examples:
-        return examples[name]
-    found = list(examples) if isinstance(examples, dict) else f"a {type(examples).__name__}, not a dict"
-    raise ValueError(f"{where}: no leaf {name!r} among the examples ({found}); name the one that is meant.")
-
-
-def check(
-    population: Population, *, num_classes: int | None = None, label: str = "y", allow_empty: bool = False
-) -> None:
-    """Checks a population; the builders have called it, a `Population` made by hand has not been seen.
-
-    Args:
-      population: to be checked.
-      num_classes: if given, the leaf `label` must hold labels in [0, num_classes).
-      label: name of the leaf of labels.
-      allow_empty: whether a client may have no rows.
-
-    Raises:
-      ValueError: if leaves differ in length, a client is empty or reaches past the rows, a floating
-        leaf holds a NaN or an infinity, or a label is out of range.
-
-    >>> check(population({"y": np.array([0, 1, 2])}, [1, 2]), num_classes=2)  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    ...
-    ValueError: check_labels(num_classes=2): label 2 at row 2 is outside [0, 2); ...
-    """
-    leaves = _arrays("check", population.examples)
-    _check_sizes("check", np.asarray(population.size), allow_empty)
-    owned_rows("check", population)
-    _check_finite("check", leaves)
-    if num_classes is not None:
-        check_labels(leaf_named(f"check(label={label!r})", population.examples, label), num_classes)
-
-
-def check_labels(y: Any, num_classes: int) -> None:
-    """Checks that labels can index `num_classes` logits.
-
-    Args:
-      y: integers, [E], or [E, ...] for one label a position; there -1 is padding and allowed.
-      num_classes: classes the model tells apart.
-
-    Raises:
-      ValueError: if a label is not an integer or lies outside [0, num_classes).
-    """
-    y = np.asarray(y)
-    _validate.at_least_one("check_labels", "num_classes", num_classes, "count the model's logits")
-    if not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(
-            f"check_labels(y={y.dtype}{list(y.shape)}): labels must be integers; use y.astype('int32') if they are "
-            "classes, and no num_classes if they are targets of a regression."
-        )
-    bad = np.argwhere((y < (-1 if y.ndim >= 2 else 0)) | (y >= num_classes))
-    if bad.size:
-        padding = ", -1 aside" if y.ndim >= 2 else ""
-        raise ValueError(
-            f"check_labels(num_classes={num_classes}): label {int(y[tuple(bad[0])])} at row {int(bad[0][0])} is "
-            f"outside [0, {num_classes}){padding}; count classes from 0, or raise num_classes."
-        )
-
-
-def numpy_generator(where: str, key: jax.Array) -> np.random.Generator:
-    """A numpy generator seeded by a jax key, for host work on millions of rows that should not compile.
-
-    Args:
-      where: name of the function that was handed the key, for its errors.
-      key: new-style key, not a batch of keys.
-
-    Raises:
-      ValueError: if `key` is not a single known `jax.random.key`.
-    """
-    typed = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not typed or key.ndim or not _validate.is_concrete(key):
-        raise ValueError(
-            f"{where}(key={key!r}): key must be a single new-style key outside jit; make it with jax.random.key(0)."
-        )
-    return np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
-
-
-def _build(where: str, examples: Tree, size: Any, allow_empty: bool) -> Population:
-    """Checks, then hands everything to jax."""
-    leaves = _arrays(where, examples)
-    rows = _rows(where, leaves)
+def _build(
+    where: str,
+    examples: Tree,
+    size: Any,
+    allow_empty: bool,
+    num_classes: int | None = None,
+    label: str = "y",
+    number: np.ndarray | None = None,
+) -> Population:
+    """Checks, then hands everything to jax; `number` [E] is what errors call the rows."""
+    leaves = arrays(where, examples)
+    rows = rows_of(where, leaves)
     size = np.asarray(size)
     if size.ndim != 1 or not size.size or not np.issubdtype(size.dtype, np.integer):
         raise ValueError(
@@ -325,83 +263,16 @@ def _build(where: str, examples: Tree, size: Any, allow_empty: bool) -> Populati
             "give the number of rows of each client."
         )
     size = size.astype(np.int64)
-    _check_sizes(where, size, allow_empty)
+    check_sizes(where, size, allow_empty)
     if size.sum() != rows:
         raise ValueError(f"{where}(size): sizes sum to {size.sum()} but there are {rows} rows; they must agree.")
-    _check_finite(where, leaves)
+    check_finite(where, leaves, number)
+    if num_classes is not None:
+        check_labels_of(where, leaf_named(f"{where}(label={label!r})", examples, label), num_classes, number)
     start = np.cumsum(size) - size
-    as_jax = [_as_jax(where, name, leaf) for name, leaf in leaves]
+    as_jax = [as_jax(where, name, leaf) for name, leaf in leaves]
     return Population(
         jax.tree.unflatten(jax.tree.structure(examples), as_jax),
         jnp.asarray(start.astype(np.int32)),
         jnp.asarray(size.astype(np.int32)),
     )
-
-
-def _arrays(where: str, examples: Tree) -> list[tuple[str, np.ndarray]]:
-    """Name and host array of every leaf."""
-    out = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(examples):
-        name, array = jax.tree_util.keystr(path) or "examples", np.asarray(leaf)
-        if array.dtype.kind in "OSUMm":
-            raise ValueError(
-                f"{where}(examples): leaf {name} holds {array.dtype}, not numbers; encode it as integers first "
-                "(partition.natural does so for ids)."
-            )
-        out.append((name, array))
-    return out
-
-
-def _rows(where: str, leaves: list[tuple[str, np.ndarray]]) -> int:
-    """The leading length all leaves share."""
-    if not leaves or any(leaf.ndim == 0 for _, leaf in leaves):
-        raise ValueError(f"{where}(examples): examples must be a tree of arrays [E, ...]; stack the examples first.")
-    lengths = {name: leaf.shape[0] for name, leaf in leaves}
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise ValueError(f"{where}(examples): leaves differ in their number of rows ({told}); give each as many.")
-    rows = leaves[0][1].shape[0]
-    if rows > _MOST_ROWS:
-        raise ValueError(
-            f"{where}(examples): {rows} rows are more than int32 can count ({_MOST_ROWS}); split the population in two."
-        )
-    return rows
-
-
-def _check_sizes(where: str, size: np.ndarray, allow_empty: bool) -> None:
-    if np.any(size < 0):
-        i = int(np.argmin(size))
-        raise ValueError(f"{where}(size): client {i} has {size[i]} rows; a size must be at least 0.")
-    if not allow_empty and np.any(size == 0):
-        empty = np.flatnonzero(size == 0)
-        raise ValueError(
-            f"{where}: client {int(empty[0])} has no rows ({empty.size} such in all); leave it out, use a "
-            "partitioner's min_size=1, or pass allow_empty=True."
-        )
-
-
-def _check_finite(where: str, leaves: list[tuple[str, np.ndarray]]) -> None:
-    for name, leaf in leaves:
-        # jnp knows bfloat16 and its kin as floating; numpy does not.
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not (good := np.isfinite(leaf)).all():
-            row = int(np.argmin(good.reshape(len(leaf), -1).all(axis=1)))
-            raise ValueError(
-                f"{where}(examples): leaf {name} holds a NaN or an infinity, first in row {row}; mend it, or leave the "
-                "row out (owner -1 in by_owner)."
-            )
-
-
-def _as_jax(where: str, name: str, leaf: np.ndarray) -> jax.Array:
-    """The leaf as a jax array, or an error where jax would wrap or overflow it in silence."""
-    with np.errstate(over="ignore"):  # told below, by name
-        out = jnp.asarray(leaf)
-    if out.dtype == leaf.dtype or not leaf.size:
-        return out
-    if jnp.issubdtype(out.dtype, jnp.inexact):
-        _check_finite(where, [(f"{name} as {out.dtype}", np.asarray(out))])
-    elif leaf.min() < jnp.iinfo(out.dtype).min or leaf.max() > jnp.iinfo(out.dtype).max:
-        raise ValueError(
-            f"{where}(examples): leaf {name} holds {leaf.dtype} values beyond {out.dtype}; renumber it, or set "
-            "jax_enable_x64."
-        )
-    return out

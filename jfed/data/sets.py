@@ -19,19 +19,7 @@ import numpy as np
 
 from jfed.data import _copies
 from jfed.data import download as _download
-from jfed.data.natural import heart, shakespeare
-
-__all__ = [
-    "cifar10",
-    "cifar100",
-    "emnist",
-    "fashion_mnist",
-    "fashion_small",
-    "heart",
-    "mnist",
-    "mnist_writers",
-    "shakespeare",
-]
+from jfed.data._cifar import CIFAR_10_FILES, CIFAR_100_FILES
 
 Split = dict[str, np.ndarray]
 
@@ -218,7 +206,7 @@ def cifar10(*, download: bool = False) -> tuple[Split, Split]:
       FileNotFoundError: if it is found nowhere; the message says where it was looked for.
       ValueError: if a download has the wrong checksum.
     """
-    return _cifar_set("cifar10", "cifar-10-batches-py", "img", "label", download)
+    return _cifar_set("cifar10", "cifar-10-batches-py", "label", download)
 
 
 def cifar100(*, download: bool = False) -> tuple[Split, Split]:
@@ -234,7 +222,7 @@ def cifar100(*, download: bool = False) -> tuple[Split, Split]:
       FileNotFoundError: if it is found nowhere; the message says where it was looked for.
       ValueError: if a download has the wrong checksum.
     """
-    return _cifar_set("cifar100", "cifar-100-python", "img", "fine_label", download)
+    return _cifar_set("cifar100", "cifar-100-python", "fine_label", download)
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:
@@ -267,7 +255,7 @@ def _idx_set(name: str, known: _Idx, download: bool) -> tuple[Split, Split]:
             yield str(folder), partial(_copies.read_idx_files, folder, _copies.IDX_STEMS, known.sha256)
         archive = keras / f"{known.folder}.npz"
         yield str(archive), partial(_copies.read_keras_archive, archive, known.sha256)
-        yield from _copies.hugging_face(known.hugging_face, "image", "label", known.sha256)
+        yield from _copies.hugging_face(known.hugging_face, "image", "label", sha256=known.sha256)
 
     def fetch() -> None:
         for stem, checksum in zip(_copies.IDX_STEMS, known.sha256, strict=True):
@@ -281,7 +269,7 @@ def _idx_set(name: str, known: _Idx, download: bool) -> tuple[Split, Split]:
     return _split(raw[0], raw[1]), _split(raw[2], raw[3])
 
 
-def _cifar_set(name: str, folder: str, image: str, label: str, download: bool) -> tuple[Split, Split]:
+def _cifar_set(name: str, folder: str, label: str, download: bool) -> tuple[Split, Split]:
     def candidates() -> Iterator[tuple[str, Callable[[], _copies.Raw | None]]]:
         keras = _copies.keras_folder()
         for place in (
@@ -293,10 +281,10 @@ def _cifar_set(name: str, folder: str, image: str, label: str, download: bool) -
             keras / f"{folder}-target" / folder,  # Keras 3.6 and later
         ):
             yield str(place), partial(_copies.read_cifar_folder, place, name)
-        yield from _copies.hugging_face(name, image, label, None)
+        yield from _copies.hugging_face(name, "img", label, rows=_copies.CIFAR_ROWS)
 
     def fetch() -> None:
-        members = {"train", "test", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))}
+        members = {*CIFAR_10_FILES, *CIFAR_100_FILES}
         _download.fetch_members(_CIFAR[folder], _copies.target_folder(name) / folder, members.__contains__)
 
     cure = _cure(name, f"the folder {folder} of the Python version")

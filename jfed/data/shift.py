@@ -3,8 +3,8 @@
 Where a partition changes which labels a client has, these change what its inputs look like, and leave
 the labels alone. Both are pure: they return a new `Population` over the same rows.
 
-Sources: Li et al. 2022 (arXiv:2102.02079), noise-based feature imbalance, for `noise`; Ghosh et al.
-2020 (arXiv:2006.04088), rotated images, for `rotate`.
+Sources: after Li et al. 2022 (NIID-Bench, arXiv:2102.02079), noise-based feature imbalance, for
+`noise`; Ghosh et al. 2020 (arXiv:2006.04088), rotated images, for `rotate`.
 
 Letters: N clients, E examples.
 """
@@ -14,15 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jfed.core import Population
-from jfed.data.population import leaf_named, numpy_generator, owner
+from jfed.data._checks import at_least_zero, leaf_named, numpy_generator
+from jfed.data.population import owner
 
 
 def noise(key: jax.Array, population: Population, *, sigma: float, leaf: str = "x") -> Population:
     """Adds Gaussian noise that grows with the client's number.
 
-    The i-th of N clients, counted from 1, gets noise of VARIANCE sigma * i / N, as Li et al. 2022
-    write it. The code published with that paper differs: it counts from 0, divides by N - 1, and takes
-    the result as the standard deviation. Nothing is clipped to a range of pixels.
+    The i-th of N clients, counted from 1, gets noise of VARIANCE sigma * i / N, so that sigma is the
+    variance of the last and every client has some. This is after the noise-based feature imbalance of
+    NIID-Bench (Li et al. 2022), and not the same to the letter: its README calls the parameter the
+    maximum variance of the noise, its code scales by net_id / (n_parties - 1), where the first party
+    is number 0. Nothing is clipped to a range of pixels.
 
     Args:
       key: random key.
@@ -42,10 +45,7 @@ def noise(key: jax.Array, population: Population, *, sigma: float, leaf: str = "
     0.5 1.0
     """
     numpy_generator("noise", key)  # only for its check of the key
-    if not (np.ndim(sigma) == 0 and np.isfinite(sigma) and sigma >= 0):
-        raise ValueError(
-            f"noise(sigma={sigma!r}): sigma must be a finite number of at least 0; 0.1 is usual for inputs in [0, 1]."
-        )
+    at_least_zero("noise", "sigma", sigma, "0.1 is usual for inputs in [0, 1]")
     x = jnp.asarray(leaf_named(f"noise(leaf={leaf!r})", population.examples, leaf))
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"noise(leaf={leaf!r}): {x.dtype} cannot hold noise; scale it to floating numbers first.")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jfed.core import Population
-from jfed.data.population import check_labels, leaf_named, owned_rows
+from jfed.data._checks import check_labels, leaf_named, owned_rows
 
 
 class Skew(NamedTuple):

@@ -9,10 +9,13 @@ Letters: B images of height H, width W and I channels; kernels of h x w from I t
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
+
+from jfed import _validate
 
 Padding = str | tuple[tuple[int, int], tuple[int, int]]
 
@@ -60,10 +63,14 @@ def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
     Returns:
       [B, H // window, W // window, C].
 
+    Raises:
+      ValueError: if `window` is not a whole number of at least 1.
+
     >>> print(max_pool(jnp.arange(25.0).reshape(1, 5, 5, 1))[0, :, :, 0])
     [[ 6.  8.]
      [16. 18.]]
     """
+    _validate.at_least_one("max_pool", "window", window, "2 is usual")
     # Not jnp.max: its gradient looks for the entries equal to the maximum and divides by their number. Where XLA
     # computes x twice, once fused with each use, and rounds differently, there are none, and the gradient is 0/0.
     b, h, w, c = x.shape
@@ -115,7 +122,7 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
 @functools.cache
-def _primitive(padding: tuple):  # noqa: ANN202
+def _primitive(padding: tuple) -> Callable:
     """The forward convolution with its own rule for `vmap`; one function a padding, so that jit caches hit."""
 
     def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:

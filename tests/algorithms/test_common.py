@@ -34,8 +34,8 @@ def half_now_half_later():
 def largest_weight():
     """An aggregator that needs the stack: the message of the client that weighs most."""
 
-    def update_fn(stack, state, params=None, *, weights):
-        del params
+    def update_fn(stack, state, params=None, *, weights, **extra_args):
+        del params, extra_args
         return tree.take(stack, jnp.argmax(weights)), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
@@ -47,7 +47,7 @@ METHODS = {
     "fedavg, full batch": (FULL, fedavg),
     "fedsgd": (
         local.gradient(problem.loss, chunk_size=5),
-        lambda work, **options: fedsgd(problem.loss, learning_rate=0.3, chunk_size=5, **options),
+        functools.partial(fedsgd, learning_rate=0.3),
     ),
     "fedavgm": (WORK, fedavgm),
     "fedadam": (WORK, functools.partial(fedadam, learning_rate=0.05)),

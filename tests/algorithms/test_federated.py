@@ -6,9 +6,9 @@ import problem
 import pytest
 from problem import PARAMS, POPULATION, SIZES, cohort_of
 
-from jfed import local
+from jfed import local, run, sampling
 from jfed.algorithms import fedadagrad, fedadam, fedavg, fedavgm, federated, fedsgd, fedyogi
-from jfed.clients import lanes
+from jfed.clients import lanes, vectorised
 from jfed.core import ClientWork
 
 KEY = jax.random.key(3)
@@ -44,8 +44,8 @@ def test_fedavg_with_one_full_batch_step_is_centralised_gradient_descent():
 
 def test_fedsgd_is_one_large_batch_step():
     ids = [3, 0, 5]
-    algorithm = fedsgd(problem.loss, learning_rate=0.5, chunk_size=4)
     work = local.gradient(problem.loss, chunk_size=4)
+    algorithm = fedsgd(work, learning_rate=0.5)
     state, _ = algorithm.round(algorithm.init(PARAMS), cohort_of(ids, work), KEY)
     gradient = centralised_gradient(ids)
     problem.close(state.params, {k: PARAMS[k] - 0.5 * gradient[k] for k in PARAMS})
@@ -166,6 +166,132 @@ def test_messages_and_bytes_are_counted_truthfully():
     assert (int(metrics["download_bytes"]), int(metrics["upload_bytes"])) == (4 * numbers, 2 * numbers)
     assert (int(metrics["downloads"]), int(metrics["uploads"])) == (3, 2)
     assert int(metrics["steps"]) == 2 * (3 + 2 + 1)
+
+
+def one_round(algorithm, cohort, state=None):
+    return jax.jit(algorithm.round)(algorithm.init(PARAMS) if state is None else state, cohort, KEY)
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf, -1.0])
+def test_a_weight_that_is_no_weight_drops_its_client(weight):
+    cohort = cohort_of([3, 5, 7], WORK)
+    state, metrics = one_round(fedavg(WORK), cohort._replace(weight=cohort.weight.at[1].set(weight)))
+    without, _ = one_round(fedavg(WORK), cohort._replace(weight=cohort.weight.at[1].set(0.0)))
+    problem.close(state.params, without.params)
+    assert (int(metrics["dropped"]), int(metrics["reports"])) == (1, 2)
+
+
+def test_an_update_that_overflows_once_weighted_is_dropped():
+    def finish(shared, who, carry):
+        kept, added = WORK.finish(shared, who, carry)
+        return jax.tree.map(lambda k: jnp.where(who.ids == 5, 1e38, k), kept), added
+
+    state, metrics = one_round(fedavg(WORK._replace(finish=finish)), cohort_of([3, 5, 7], WORK))
+    problem.close(state.params, one_round(fedavg(WORK), cohort_of([3, 7], WORK))[0].params)
+    assert int(metrics["dropped"]) == 1
+
+
+def test_a_loss_that_is_not_finite_does_not_spoil_the_rounds_loss():
+    def finish(shared, who, carry):
+        kept, added = WORK.finish(shared, who, carry)
+        return kept, added | {"loss": jnp.where(who.ids == 5, jnp.nan, added["loss"])}
+
+    _, metrics = one_round(fedavg(WORK._replace(finish=finish)), cohort_of([3, 5, 7], WORK))
+    _, without = one_round(fedavg(WORK), cohort_of([3, 7], WORK))
+    np.testing.assert_allclose(metrics["loss"], without["loss"], rtol=1e-6)
+
+
+def test_an_absent_client_keeps_its_uplink_state():
+    algorithm = federated(WORK, uplink=optax.trace(decay=0.9), num_clients=12)
+    cohort = cohort_of([3, 5], WORK)
+    state, _ = one_round(algorithm, cohort._replace(weight=cohort.weight.at[0].set(0.0)))
+    memory = state.clients.trace["w"]
+    assert np.all(memory[3] == 0) and np.any(memory[5] != 0)
+
+
+def test_a_client_past_num_clients_is_dropped_and_not_given_anothers_state():
+    algorithm = federated(WORK, uplink=optax.trace(decay=0.9), num_clients=4)
+    state, metrics = one_round(algorithm, cohort_of([3, 7], WORK))
+    problem.close(state.params, one_round(fedavg(WORK), cohort_of([3], WORK))[0].params)
+    assert int(metrics["dropped"]) == 1
+
+
+def test_a_client_drawn_twice_counts_twice_and_remembers_once():
+    algorithm = federated(WORK, uplink=optax.trace(decay=0.9), num_clients=12)
+    cohort = cohort_of([3, 5], WORK)
+    doubled, _ = one_round(algorithm, cohort._replace(weight=cohort.weight * jnp.array([2.0, 1.0])))
+    twice, _ = one_round(algorithm, cohort_of([3, 5, 3], WORK))
+    problem.close(twice, doubled)
+
+
+def test_uplink_and_server_are_given_keys_and_the_uplinks_differ_by_client():
+    def noisy(updates, state, params=None, *, key, round, **extra_args):
+        return jax.tree.map(lambda u: jax.random.normal(key) + 0.0 * u + round, updates), state
+
+    noise = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), noisy)
+    sent = {
+        i: one_round(federated(WORK, uplink=noise), cohort_of([i], WORK))[0].params["b"] - PARAMS["b"] for i in (3, 5)
+    }
+    assert not np.allclose(sent[3], sent[5])
+    moved = one_round(federated(WORK, server=noise), cohort_of([3], WORK))[0].params["b"] - PARAMS["b"]
+    assert not np.allclose(moved, sent[3])
+
+
+def test_half_precision_and_traced_hyperparameters_pass_through_a_compiled_run():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+
+    def whole_run(b1):
+        algorithm = fedadam(WORK, learning_rate=0.05, b1=b1)
+        sampler = sampling.uniform(3, steps=WORK.steps)
+        return run.scan_rounds(algorithm, sampler, POPULATION, algorithm.init(params), KEY, rounds=2)[0].params
+
+    for result in (whole_run(0.9), jax.tree.map(lambda x: x[0], jax.vmap(whole_run)(jnp.array([0.9])))):
+        assert all(leaf.dtype == jnp.bfloat16 and np.isfinite(leaf.astype(float)).all() for leaf in result.values())
+
+
+@pytest.mark.parametrize(
+    "work", [WORK, local.full_batch(problem.loss, optax.sgd(0.2), chunk_size=4)], ids=["sgd", "full"]
+)
+def test_a_round_can_be_differentiated_and_an_empty_slot_does_not_spoil_it(work):
+    def bias(scale, ids):
+        algorithm = fedavg(work, client_map=vectorised(max_steps=6), uplink=optax.scale(scale))
+        return algorithm.round(algorithm.init(PARAMS), cohort_of(ids, work), KEY)[0].params["b"][0]
+
+    def loss_scale(scale, ids):
+        scaled = local.sgd(lambda *a: scale * problem.loss(*a), optax.sgd(0.2), batch_size=4)
+        if work is not WORK:
+            scaled = local.full_batch(lambda *a: scale * problem.loss(*a), optax.sgd(0.2), chunk_size=4)
+        algorithm = fedavg(scaled, client_map=vectorised(max_steps=6))
+        return algorithm.round(algorithm.init(PARAMS), cohort_of(ids, scaled), KEY)[0].params["b"][0]
+
+    for f in (bias, loss_scale):
+        slope = jax.grad(f)(1.0, [3, 5])
+        np.testing.assert_allclose(jax.grad(f)(1.0, [3, 5, 12]), slope, rtol=1e-5)
+        np.testing.assert_allclose(slope, (f(1.05, [3, 5]) - f(0.95, [3, 5])) / 0.1, rtol=2e-2, atol=1e-4)
+
+
+def test_messages_of_four_gigabytes_are_counted():
+    huge = {"w": jax.ShapeDtypeStruct((2**30 + 1,), jnp.float32)}
+    work = local.gradient(lambda w, batch, key: batch["x"][:, 0] * w["w"][0], chunk_size=4)
+    algorithm = fedsgd(work, learning_rate=0.1)
+    state = jax.eval_shape(algorithm.init, huge)
+    _, metrics = jax.eval_shape(algorithm.round, state, cohort_of([1], work), KEY)
+    assert metrics["upload_bytes"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fedsgd(WORK, learning_rate=0.0), r"fedsgd\(learning_rate=0.0\)"),
+        (lambda: fedavgm(WORK, momentum=1.5), r"fedavgm\(momentum=1.5\): momentum must lie in \[0.0, 1.0\]"),
+        (lambda: fedadagrad(WORK, learning_rate=0.1, tau=0.0), r"fedadagrad\(tau=0.0\)"),
+        (lambda: fedadam(WORK, learning_rate=-1.0), r"fedadam\(learning_rate=-1.0\)"),
+        (lambda: fedyogi(WORK, learning_rate=0.1, b2=2.0), r"fedyogi\(b2=2.0\)"),
+    ],
+)
+def test_hyperparameters_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_an_uplink_with_state_needs_the_number_of_clients():

@@ -135,6 +135,12 @@ def test_of_equal_values_in_a_pool_the_first_takes_the_gradient_and_nan_stays_na
     np.testing.assert_array_equal(grad.ravel(), [0.0, 1.0, 0.0, 0.0])
 
 
+@pytest.mark.parametrize("window", [0, -2, 2.0])
+def test_a_pool_whose_window_is_not_a_whole_number_of_at_least_1_is_refused_with_the_cure(window):
+    with pytest.raises(ValueError, match=rf"max_pool\(window={window}\): .* at least 1; 2 is usual"):
+        max_pool(jnp.ones((1, 4, 4, 1)), window)
+
+
 @pytest.mark.parametrize("kernel_size", [3, (2, 5)])
 def test_conv_layer_equals_that_of_flax_under_the_same_parameter_names(kernel_size):
     sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
