@@ -76,7 +76,7 @@ def main(config: Config) -> None:
         owner = data.partition.iid(deal, len(train["y"]), num_clients=100)
     else:
         owner = data.partition.shards(deal, train["y"], num_clients=100, shards_per_client=2)
-    population = data.by_owner(train, owner)
+    population = data.by_owner(train, owner, num_classes=10)
     print(data.skew.table(data.skew.skew(population, num_classes=10)), "\n")
 
     model = models.two_nn() if config.model == "2nn" else models.fedavg_cnn()

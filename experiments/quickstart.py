@@ -41,7 +41,7 @@ def main(config: Config) -> None:
     """Trains, then shows a table, two pictures and the summary."""
     train, test = data.fashion_small()
     owner = data.partition.dirichlet(jax.random.key(0), train["y"], num_clients=config.num_clients, alpha=config.alpha)
-    population = data.by_owner(train, owner)
+    population = data.by_owner(train, owner, num_classes=10)
     print(data.skew.table(data.skew.skew(population, num_classes=10)), "\n")
 
     model = models.two_nn()

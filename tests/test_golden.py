@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import problem
 
-from jfed import data, local, run, sampling
-from jfed.algorithms import fedadam
+from jfed import data, local, models, run, sampling
+from jfed.algorithms import fedadam, fedavg
 from jfed.clients import lanes
 
 GOLDEN = {
@@ -34,23 +34,50 @@ GOLDEN = {
         0.9279699921607971,
     ],
     "steps": [16, 24, 18, 14, 18, 18, 16, 18, 20, 14],
+    "cnn": [2.6950950622558594, 4.0310139656066895],
+    "gru": [2.279803991317749, 2.276777982711792],
     "sizes": [11, 26, 16, 15, 29, 10, 26, 27, 26, 14],
 }
 
 
+def one_network(model, x):
+    """Mean loss of a network as it starts, and after a round of three clients: [2]."""
+    shape = x.shape[:1] if x.ndim == 4 else x.shape  # a label an image, or a label a token
+    y = np.arange(np.prod(shape)).reshape(shape) % 10
+    population = data.population({"x": x, "y": y.astype(np.int32)}, [1, 3, 2])
+    work = local.sgd(models.cross_entropy(model), optax.sgd(0.1), batch_size=2)
+    method = fedavg(work, client_map=lanes(2))
+    state = method.init(model.init(jax.random.key(1)))
+    trained, _ = run.scan_rounds(
+        method, sampling.full(steps=work.steps), population, state, jax.random.key(2), rounds=1
+    )
+    metrics = models.metrics(model)
+    losses = [run.evaluate(metrics, s.params, population.examples)["loss"] for s in (state, trained)]
+    return np.asarray(losses).round(6).tolist()
+
+
 def measured():
+    rng = np.random.default_rng(0)
     work = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4, epochs=2)
     method = fedadam(work, learning_rate=0.05, client_map=lanes(3))
     sampler = sampling.uniform(5, steps=work.steps)
     state, metrics = run.scan_rounds(
         method, sampler, problem.POPULATION, method.init(problem.PARAMS), jax.random.key(42), rounds=10
     )
+    networks = {
+        name: one_network(model, x)
+        for name, model, x in (
+            ("cnn", models.lenet_gn(), rng.uniform(size=(6, 28, 28, 1)).astype(np.float32)),
+            ("gru", models.char_gru(10, hidden=8), rng.integers(0, 10, (6, 5))),
+        )
+    }
     owner = data.partition.dirichlet(jax.random.key(42), np.arange(200) % 10, num_clients=10, alpha=0.3)
     return {
         "w": np.asarray(state.params["w"]).round(6).tolist(),
         "b": np.asarray(state.params["b"]).round(6).tolist(),
         "loss": np.asarray(metrics["loss"]).round(6).tolist(),
         "steps": np.asarray(metrics["steps"]).tolist(),
+        **networks,
         "sizes": np.bincount(owner, minlength=10).tolist(),
     }
 

@@ -33,8 +33,9 @@ def test_two_processes_train_the_model_that_one_does(tmp_path):
     outputs = [process.communicate(timeout=300)[0].decode() for process in together]
     assert [process.returncode for process in together] == [0, 0], "\n".join(outputs)
 
-    alone = two_processes.train(vectorised(), lambda tree: tree, tmp_path / "one")
-    problem.close(dict(np.load(tmp_path / "two" / "params.npz")), alone)
-    for a, b in zip(report.rows(tmp_path / "two"), report.rows(tmp_path / "one"), strict=True):
-        a.pop("seconds"), b.pop("seconds")
-        problem.close(a, b)
+    for name in two_processes.METHODS:
+        alone = two_processes.train(name, vectorised(), lambda tree: tree, tmp_path / "one")
+        problem.close(dict(np.load(tmp_path / "two" / name / "params.npz")), alone)
+        for a, b in zip(report.rows(tmp_path / "two" / name), report.rows(tmp_path / "one" / name), strict=True):
+            a.pop("seconds"), b.pop("seconds")
+            problem.close(a, b)

@@ -16,9 +16,9 @@ from jfed.data.population import by_owner, client, from_clients, owner, populati
 
 _LAZY = {
     "read_idx": "readers",
-    "read_cifar": "readers",
+    "read_cifar": "cifar",
     "read_leaf": "federated",
-    "read_sqlite": "federated",
+    "read_sqlite": "sqlite",
     "read_h5": "federated",
     "from_hugging_face": "readers",
     "fashion_small": "sets",

@@ -6,7 +6,7 @@ it is: float32, integers of at most 32 bits, and text as the bytes of its UTF-8 
 Letters: E examples.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,15 @@ def join(path: Any, clients: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[P
         return from_clients(trees), names
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def select(where: str, available: Mapping[str, Any], wanted: Sequence[str] | None) -> list[str]:
+    """Names of the features to read: those wanted, which must be there, or all of them, sorted."""
+    keys = sorted(map(str, available)) if wanted is None else list(wanted)
+    for key in keys:
+        if key not in available:
+            raise ValueError(f"{where}: there is no feature {key!r}; it has {sorted(map(str, available))}.")
+    return keys
 
 
 def _column(where: str, values: Any) -> tuple[np.ndarray, bool]:

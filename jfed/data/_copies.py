@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jfed.data._cifar import CIFAR_10_FILES, CIFAR_100_FILES, read_cifar_10, read_cifar_100
+from jfed.data.cifar import CIFAR_10_FILES, CIFAR_100_FILES, read_cifar_10, read_cifar_100
 from jfed.data.readers import from_hugging_face, read_idx
 
 Raw = list[np.ndarray]
@@ -112,9 +112,7 @@ def read_cifar_folder(folder: Path, name: str) -> Raw | None:
     return checked([train["x"], train["y"], test["x"], test["y"]], rows=CIFAR_ROWS)
 
 
-def hugging_face(
-    name: str, image: str, label: str, **canonical: Any
-) -> Iterator[tuple[str, Callable[[], Raw | None]]]:
+def hugging_face(name: str, image: str, label: str, **canonical: Any) -> Iterator[tuple[str, Callable[[], Raw | None]]]:
     """The candidate that reads Arrow files, if the package that can is installed; `canonical` is for `checked`."""
     root = hugging_face_folder()
     if importlib.util.find_spec("datasets") is None:

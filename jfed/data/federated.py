@@ -1,36 +1,25 @@
-"""Readers of federated formats: LEAF's JSON, the SQLite of TFF and of FedJAX, TFF's HDF5.
+"""Readers of federated formats: LEAF's JSON and TFF's HDF5; `sqlite` has the databases of TFF and FedJAX.
 
 Each gives `(population, names)`: all clients' examples end to end, and the clients' names in the same
 order. Whatever the format, features become float32, integers of at most 32 bits, or, for text, the
 bytes of its UTF-8 form (uint8, followed by zeros up to the longest in the file). Clients without
 examples are left out.
 
-Sources: LEAF, Caldas et al. 2018, arXiv:1812.01097; `SqlClientData` and `HDF5ClientData` of TensorFlow
-Federated; FedJAX, Ro, Suresh and Wu 2021, arXiv:2108.02117, `SQLiteFederatedData`.
+Sources: LEAF, Caldas et al. 2018, arXiv:1812.01097; `HDF5ClientData` of TensorFlow Federated.
 
-Letters: E examples, N clients.
+Letters: E examples.
 """
 
-import contextlib
 import json
-import lzma
 import os
-import shutil
-import sqlite3
-import tempfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.serialization
 import numpy as np
 
 from jfed.core import Population
-from jfed.data._columns import MOST_EXPANSION, join
-from jfed.data._tfexample import parse_example
-
-_NDARRAY_OF_BYTES = 4  # FedJAX's own msgpack extension; the others are flax's
+from jfed.data._columns import MOST_EXPANSION, join, select
 
 
 def read_leaf(path: str | os.PathLike) -> tuple[Population, list[str]]:
@@ -47,6 +36,7 @@ def read_leaf(path: str | os.PathLike) -> tuple[Population, list[str]]:
       FileNotFoundError: if there is no such file, or no JSON in the folder.
       ValueError: if a file is not LEAF's JSON, or users and numbers of samples do not agree with it.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, "data.json")
     ...     user = {"x": [[0.5], [1.5]], "y": [1, 0]}
@@ -95,140 +85,6 @@ def _leaf_users(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield user, {"x": features["x"], "y": features["y"]}
 
 
-def read_sqlite(
-    path: str | os.PathLike,
-    *,
-    split: str | None = None,
-    features: Sequence[str] | None = None,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> tuple[Population, list[str]]:
-    """Reads federated SQLite: TFF's (table `examples` of tf.Example records) or FedJAX's (`federated_data`).
-
-    Args:
-      path: the database; one compressed as `.lzma` or `.xz` is unpacked to a temporary file first.
-      split: TFF keeps all splits in one file; this is the one to read, such as "train". May be left
-        out where there is only one.
-      features: features to read; by default all.
-      shapes: TFF's records are flat: the shape of one example's feature, as in
-        `{"pixels": (28, 28)}`. A feature of one value an example has shape () without being told.
-
-    Returns:
-      `(population, names)`; TFF's clients in sorted order, FedJAX's in the file's.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if the file is neither kind of database, is damaged, or has no such split or feature.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"read_sqlite({str(path)!r}): there is no such file.")
-    with contextlib.ExitStack() as stack:
-        database = path
-        if path.suffix in (".lzma", ".xz"):
-            database = Path(stack.enter_context(tempfile.TemporaryDirectory()), "unpacked.sqlite")
-            try:
-                with lzma.open(path) as source, open(database, "wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-            except (lzma.LZMAError, EOFError) as error:
-                raise ValueError(f"{path}: the compressed data are cut short or damaged ({error}).") from error
-        # Read-only and immutable: nothing is written beside the file, not even a journal.
-        address = database.resolve().as_uri() + "?mode=ro&immutable=1"
-        try:
-            connection = stack.enter_context(contextlib.closing(sqlite3.connect(address, uri=True)))
-            connection.execute("PRAGMA trusted_schema=OFF")  # the file's own views may call no risky function
-            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-            if "federated_data" in tables:
-                if split is not None:
-                    raise ValueError(f"{path}: split={split!r}: FedJAX keeps each split in a file; leave split out.")
-                return join(path, _fedjax_clients(path, connection, features))
-            if "examples" in tables:
-                return join(path, _tff_clients(path, connection, split, features, shapes or {}))
-        except (sqlite3.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: SQLite cannot read it ({error}).") from error
-    raise ValueError(
-        f"{path}: has neither a table `examples` (TFF) nor `federated_data` (FedJAX), but {sorted(tables)}."
-    )
-
-
-def _tff_clients(
-    path: Path,
-    connection: sqlite3.Connection,
-    split: str | None,
-    wanted: Sequence[str] | None,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if split is None:
-        splits = [str(name) for (name,) in connection.execute("SELECT DISTINCT split_name FROM examples")]
-        if len(splits) > 1:
-            raise ValueError(f"{path}: holds the splits {sorted(splits)}; name one with split=.")
-        rows = connection.execute("SELECT client_id, serialized_example_proto FROM examples")
-    else:
-        query = "SELECT client_id, serialized_example_proto FROM examples WHERE split_name = ?"
-        rows = connection.execute(query, [split])
-    clients: dict[str, list[bytes]] = {}
-    for name, record in rows:
-        if not isinstance(record, bytes):
-            raise ValueError(f"{path}: client {name!r} has a record of {type(record).__name__}, not of bytes.")
-        clients.setdefault(str(name), []).append(record)
-    if not clients:
-        raise ValueError(f"{path}: split={split!r} has no examples; the splits are in the column split_name.")
-    for name in sorted(clients):
-        try:
-            examples = [parse_example(record) for record in clients[name]]
-        except ValueError as error:
-            raise ValueError(f"{path}: client {name!r}: {error}.") from error
-        clients[name] = []  # the records are not needed again; keep one copy of the data
-        where = f"{path}: client {name!r}"
-        keys = _select(where, examples[0], wanted)
-        yield name, {key: _stack(f"{where}: {key}", [e.get(key) for e in examples], shapes.get(key)) for key in keys}
-
-
-def _stack(where: str, rows: list[Any], shape: tuple[int, ...] | None) -> Any:
-    """Flat lists of one feature, one an example, as [E, *shape]."""
-    lengths = {-1 if row is None else len(row) for row in rows}
-    if len(lengths) > 1 or -1 in lengths:
-        raise ValueError(f"{where}: examples have different numbers of values; leave this feature out with features=.")
-    shape = shape if shape is not None else (() if lengths == {1} else (lengths.pop(),))
-    try:
-        if isinstance(rows[0], list):
-            return np.array(rows, object).reshape(len(rows), *shape)
-        return np.stack(rows).reshape(len(rows), *shape)
-    except ValueError as error:
-        raise ValueError(f"{where}: cannot have shape {shape} ({error}); mend shapes=.") from error
-
-
-def _fedjax_clients(
-    path: Path, connection: sqlite3.Connection, wanted: Sequence[str] | None
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for name, data, count in connection.execute("SELECT client_id, data, num_examples FROM federated_data"):
-        name = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
-        where = f"{path}: client {name!r}"
-        try:
-            content = flax.serialization.msgpack_restore(zlib.decompress(data))
-        except Exception as error:  # hostile bytes can raise whatever msgpack and numpy come across
-            raise ValueError(f"{where}: its data are not zlib over msgpack ({error}).") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{where}: its data are {type(content).__name__}, not named arrays.")
-        features = {key: _restored(where, content[key]) for key in _select(where, content, wanted)}
-        if any(len(leaf) != count for leaf in features.values()):
-            raise ValueError(f"{where}: is said to have {count} examples, but its features have another number.")
-        yield name, features
-
-
-def _restored(where: str, value: Any) -> np.ndarray:
-    """An array as flax restores it, or FedJAX's array of byte strings, which flax does not know."""
-    if getattr(value, "code", None) == _NDARRAY_OF_BYTES:
-        try:
-            # The payload is plain msgpack of (shape, words), so flax's reader takes it as it stands.
-            shape, words = flax.serialization.msgpack_restore(value.data)
-            value = np.array(words, object).reshape(shape)
-        except Exception as error:
-            raise ValueError(f"{where}: an array of byte strings is damaged ({error}).") from error
-    if not isinstance(value, np.ndarray) or value.ndim == 0:
-        raise ValueError(f"{where}: a feature is {type(value).__name__}, not an array of examples.")
-    return value
-
-
 def read_h5(path: str | os.PathLike, *, features: Sequence[str] | None = None) -> tuple[Population, list[str]]:
     """Reads TFF's HDF5: a group `examples`, in it a group a client, in it a dataset a feature.
 
@@ -261,7 +117,9 @@ def read_h5(path: str | os.PathLike, *, features: Sequence[str] | None = None) -
     def read(dataset: Any) -> np.ndarray:
         if dataset.external or dataset.is_virtual:
             raise ValueError(f"{path}: {dataset.name} keeps its data in another file, which is not followed.")
-        if dataset.size is None or dataset.nbytes > most:
+        nonlocal left  # of what all datasets together may take: many may share what is stored once
+        left -= left + 1 if dataset.size is None else dataset.nbytes
+        if left < 0:
             raise ValueError(f"{path}: {dataset.name} promises more than the file can hold.")
         return dataset[()]
 
@@ -271,20 +129,12 @@ def read_h5(path: str | os.PathLike, *, features: Sequence[str] | None = None) -
         examples = member(file, "examples", h5py.Group)
         for name in sorted(examples):
             group = member(examples, name, h5py.Group)
-            keys = _select(f"{path}: client {name!r}", dict.fromkeys(group), features)
+            keys = select(f"{path}: client {name!r}", dict.fromkeys(group), features)
             yield name, {key: read(member(group, key, h5py.Dataset)) for key in keys}
 
-    most = path.stat().st_size * MOST_EXPANSION
+    left = path.stat().st_size * MOST_EXPANSION
     try:
         with h5py.File(path, "r") as file:
             return join(path, clients(file))
     except (OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path}: HDF5 cannot read it ({error}).") from error
-
-
-def _select(where: str, available: Mapping[str, Any], wanted: Sequence[str] | None) -> list[str]:
-    keys = sorted(map(str, available)) if wanted is None else list(wanted)
-    for key in keys:
-        if key not in available:
-            raise ValueError(f"{where}: there is no feature {key!r}; it has {sorted(map(str, available))}.")
-    return keys

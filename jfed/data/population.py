@@ -270,9 +270,9 @@ def _build(
     if num_classes is not None:
         check_labels_of(where, leaf_named(f"{where}(label={label!r})", examples, label), num_classes, number)
     start = np.cumsum(size) - size
-    as_jax = [as_jax(where, name, leaf) for name, leaf in leaves]
+    on_device = [as_jax(where, name, leaf) for name, leaf in leaves]
     return Population(
-        jax.tree.unflatten(jax.tree.structure(examples), as_jax),
+        jax.tree.unflatten(jax.tree.structure(examples), on_device),
         jnp.asarray(start.astype(np.int32)),
         jnp.asarray(size.astype(np.int32)),
     )

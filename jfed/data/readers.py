@@ -1,20 +1,17 @@
-"""Readers of arrays: IDX files, CIFAR's pickles, and Hugging Face data sets. `federated` has those of clients.
+"""Readers of arrays: IDX files and Hugging Face data sets. `federated` has those of clients.
 
 A reader gives numpy arrays as the file holds them. A file is foreign material: what it promises is
-checked against what is there before memory is taken, and a pickle is read by an unpickler that knows
-arrays and nothing else, so that no file can run code.
+checked against what is there before memory is taken.
 
-Sources: the IDX format, LeCun, Cortes and Burges, "The MNIST database"; the CIFAR pickles,
-Krizhevsky 2009, "Learning multiple layers of features from tiny images".
+Source: the IDX format, LeCun, Cortes and Burges, "The MNIST database".
 
 Letters: E examples.
 """
 
 import gzip
-import io
 import math
 import os
-import pickle
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +21,7 @@ import numpy as np
 
 from jfed.core import Population
 from jfed.data._columns import MOST_EXPANSION, column
-from jfed.data.federated import read_h5, read_leaf, read_sqlite
 from jfed.data.population import by_owner
-
-__all__ = ["from_hugging_face", "read_cifar", "read_h5", "read_idx", "read_leaf", "read_sqlite"]
 
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
@@ -77,121 +71,14 @@ def _idx(path: Path, file: Any, most: int) -> np.ndarray:
     want = math.prod(shape) * dtype.itemsize
     if want > most:
         raise ValueError(f"{path}: its shape {list(shape)} needs {want} bytes, more than the file can hold.")
+    if want == 0 and math.prod(filter(None, shape)) * dtype.itemsize > sys.maxsize:
+        raise ValueError(f"{path}: its shape {list(shape)} has no entries, but sides that no array can have.")
     data = file.read(want)
     if len(data) < want:
         raise ValueError(f"{path}: its shape {list(shape)} needs {want} bytes but {len(data)} follow; fetch it again.")
     if file.read(1):
         raise ValueError(f"{path}: has bytes left over after its shape {list(shape)}; it is not what it says.")
     return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
-
-
-def read_cifar(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Reads the Python version of CIFAR-10 or CIFAR-100.
-
-    Args:
-      folder: holds `data_batch_1` ... and `test_batch` (CIFAR-10), or `train` and `test` (CIFAR-100).
-
-    Returns:
-      `(train, test)`, dicts of `x` uint8 [E, 32, 32, 3] and `y` int32 [E]; in CIFAR-100 `y` is the
-      fine label and `coarse` int32 [E] the superclass.
-
-    Raises:
-      FileNotFoundError: if the folder holds neither.
-      ValueError: if a file is damaged, or is a pickle of anything but arrays and plain values.
-    """
-    folder = Path(folder)
-    batches = sorted(folder.glob("data_batch_*"))
-    if batches and (folder / "test_batch").is_file():
-        return _cifar(batches, {"y": b"labels"}), _cifar([folder / "test_batch"], {"y": b"labels"})
-    if (folder / "train").is_file() and (folder / "test").is_file():
-        labels = {"y": b"fine_labels", "coarse": b"coarse_labels"}
-        return _cifar([folder / "train"], labels), _cifar([folder / "test"], labels)
-    raise FileNotFoundError(
-        f"read_cifar({str(folder)!r}): found neither data_batch_1 ... and test_batch (CIFAR-10) nor train and test "
-        "(CIFAR-100); name the folder the archive of the Python version unpacks to."
-    )
-
-
-def _cifar(paths: Sequence[Path], labels: dict[str, bytes]) -> dict[str, np.ndarray]:
-    parts: list[dict[str, np.ndarray]] = []
-    for path in paths:
-        batch = _unpickle(path)
-        if not isinstance(batch, dict):
-            raise ValueError(f"{path}: is a pickle of {type(batch).__name__}, not of a CIFAR batch.")
-        # Batches written by Python 3 have str keys.
-        batch = {key.encode() if isinstance(key, str) else key: value for key, value in batch.items()}
-        data = batch.get(b"data")
-        data = data.array if isinstance(data, _Array) else None
-        if data is None or data.ndim != 2 or data.shape[1] != 3072:
-            raise ValueError(f"{path}: has no `data` of shape [E, 3072]; it is not a CIFAR batch.")
-        part = {"x": data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)}
-        for name, key in labels.items():
-            values = batch.get(key)
-            plain = isinstance(values, list) and all(type(v) is int and 0 <= v < 256 for v in values)
-            if not plain or len(values) != len(data):
-                raise ValueError(f"{path}: `{key.decode()}` is not a list of {len(data)} labels.")
-            part[name] = np.array(values, np.int32)
-        parts.append(part)
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-class _Array:
-    """Stands in for an array while a pickle is read; only bytes of uint8 or int8 get through."""
-
-    def __init__(self, *_: Any):
-        self.array: np.ndarray | None = None
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, fortran, data = state
-        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
-            raise ValueError("an array that is not of bytes")
-        array = np.frombuffer(data, dtype.name)
-        self.array = array.reshape(tuple(map(int, shape)), order="F" if fortran else "C").astype(np.uint8)
-
-
-class _Dtype:
-    """Stands in for numpy's dtype while a pickle is read."""
-
-    def __init__(self, name: Any, *_: Any):
-        self.name = name.decode() if isinstance(name, bytes) else name
-        if self.name not in ("u1", "i1", "|u1", "|i1", "uint8", "int8"):
-            raise ValueError(f"an array of {self.name}, not of bytes")
-
-    def __setstate__(self, state: Any) -> None:
-        pass  # byte order and alignment; a byte has neither
-
-
-def _encode(text: Any, codec: Any = "latin1") -> bytes:
-    """Stands in for `_codecs.encode`, by which Python 3 writes bytes in the pickle protocols of Python 2."""
-    if not isinstance(text, str) or codec not in ("latin1", b"latin1"):
-        raise ValueError(f"text in the codec {codec!r}")
-    return text.encode("latin1")
-
-
-# What a CIFAR batch may name, and what stands in for it: nothing of numpy is reached from the file.
-_PERMITTED = {
-    ("numpy.core.multiarray", "_reconstruct"): _Array,
-    ("numpy._core.multiarray", "_reconstruct"): _Array,
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _PERMITTED:
-            raise ValueError(f"refused to load the global {module}.{name}, which no CIFAR batch needs")
-        return _PERMITTED[module, name]
-
-
-def _unpickle(path: Path) -> Any:
-    try:
-        return _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-    except OSError:
-        raise
-    except Exception as error:  # a hostile pickle can raise whatever its opcodes come across
-        raise ValueError(f"{path}: {error or type(error).__name__}; it is not a CIFAR batch or is damaged.") from error
 
 
 def from_hugging_face(

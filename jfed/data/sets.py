@@ -19,7 +19,7 @@ import numpy as np
 
 from jfed.data import _copies
 from jfed.data import download as _download
-from jfed.data._cifar import CIFAR_10_FILES, CIFAR_100_FILES
+from jfed.data.cifar import CIFAR_10_FILES, CIFAR_100_FILES
 
 Split = dict[str, np.ndarray]
 

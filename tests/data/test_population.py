@@ -12,19 +12,8 @@ from hypothesis import strategies as st
 
 from jfed import data
 from jfed.core import Population
-from jfed.data.population import (
-    by_owner,
-    check,
-    check_labels,
-    client,
-    from_clients,
-    leaf_named,
-    numpy_generator,
-    owned_rows,
-    owner,
-    population,
-    split,
-)
+from jfed.data._checks import check, check_labels, leaf_named, numpy_generator, owned_rows
+from jfed.data.population import by_owner, client, from_clients, owner, population, split
 
 SIZE = [3, 1, 4]
 ROWS = {"x": np.arange(16.0, dtype=np.float32).reshape(8, 2), "y": np.arange(8)}
@@ -108,6 +97,39 @@ def test_labels_of_sequences_may_be_padded_with_minus_one():
     check_labels(np.array([[0, 2, -1]]), 3)
 
 
+@pytest.mark.parametrize("label", ["y", "digit"])
+def test_builders_told_of_the_classes_take_labels_in_range_and_refuse_others(label):
+    rows = {"x": ROWS["x"], label: ROWS["y"]}
+    parts = [jax.tree.map(lambda leaf, a=a: leaf[a : a + 4], rows) for a in (0, 4)]
+    builders = {
+        "population": lambda **told: population(rows, SIZE, **told),
+        "from_clients": lambda **told: from_clients(parts, **told),
+        "by_owner": lambda **told: by_owner(rows, [0, 1] * 4, **told),
+    }
+    for name, build in builders.items():
+        assert same(build(num_classes=8, label=label), build())
+        with pytest.raises(ValueError, match=rf"{name}\(num_classes=7\): label 7 at row 7 is outside \[0, 7\)"):
+            build(num_classes=7, label=label)
+        with pytest.raises(ValueError, match=rf"{name}\(label='z'\): no leaf 'z'"):
+            build(num_classes=8, label="z")
+
+
+def test_by_owner_numbers_bad_rows_as_they_were_given_and_spares_those_left_out():
+    rows = {"x": np.array([0.0, np.nan, 1.0]), "y": np.array([0, -1, 5])}
+    taken = by_owner(rows, [1, -1, 0], num_classes=6)
+    assert taken.examples["y"].tolist() == [5, 0]
+    with pytest.raises(ValueError, match="label 5 at row 2"):
+        by_owner(rows, [1, -1, 0], num_classes=5)
+    with pytest.raises(ValueError, match="first in row 1"):
+        by_owner(rows, [1, 0, 0])
+
+
+def test_builders_allow_padding_in_sequences_but_no_image_without_a_label():
+    population({"y": np.array([[0, -1], [1, 2]])}, [1, 1], num_classes=3)
+    with pytest.raises(ValueError, match="label -1 at row 1"):
+        population({"y": np.array([0, -1])}, [1, 1], num_classes=3)
+
+
 def test_a_population_made_here_passes_its_check():
     check(population(ROWS, SIZE), num_classes=8)
 
@@ -168,6 +190,7 @@ BAD = {
     "label high": (lambda: check_labels(np.array([0, 3]), 3), r"label 3 at row 1 is outside \[0, 3\)"),
     "label low": (lambda: check_labels(np.array([0, -1]), 3), "label -1 at row 1"),
     "label of a sequence": (lambda: check_labels(np.array([[0, -2]]), 3), "label -2 at row 0.*-1 aside"),
+    "label without rows": (lambda: check_labels(np.array(1), 3), r"labels must be integers \[E, ...\]"),
     "label dtype": (lambda: check_labels(np.array([0.5]), 3), "labels must be integers"),
     "classes": (lambda: check_labels(np.array([0]), 0), "count the model's logits"),
     "old key": (lambda: numpy_generator("f", jnp.zeros(2, jnp.uint32)), "new-style key"),
@@ -196,10 +219,22 @@ def test_the_package_has_no_other_names():
         data.nothing  # noqa: B018
 
 
+def test_the_package_hands_on_each_reader_and_set_from_the_module_that_defines_it():
+    for name, module in data._LAZY.items():
+        if callable(getattr(data, name)):
+            assert getattr(data, name).__module__ == f"jfed.data.{module}"
+    assert len(data.HEART_FEATURES) == 32
+    with pytest.raises(AttributeError):
+        data.sets.heart  # noqa: B018
+    with pytest.raises(AttributeError):
+        data.readers.read_leaf  # noqa: B018
+
+
 def test_importing_the_package_loads_no_reader_and_starts_no_backend():
     code = (
         "import sys, jfed.data, jax\n"
-        "heavy = {'h5py', 'matplotlib', 'jfed.data.readers', 'jfed.data.sets'} & set(sys.modules)\n"
+        "lazy = {'jfed.data.' + module for module in jfed.data._LAZY.values()}\n"
+        "heavy = (lazy | {'h5py', 'matplotlib'}) & set(sys.modules)\n"
         "from jax._src import xla_bridge\n"
         "assert not heavy and not xla_bridge._backends, heavy\n"
     )

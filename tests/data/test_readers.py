@@ -6,7 +6,9 @@ import lzma
 import pickle
 import sqlite3
 import struct
+import subprocess
 import sys
+import textwrap
 import zlib
 from contextlib import closing
 
@@ -15,7 +17,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from jfed.data import federated, readers
+from jfed.data import cifar, federated, readers, sqlite
 from jfed.data._tfexample import parse_example
 from jfed.data.population import client
 
@@ -44,6 +46,7 @@ def test_an_idx_file_of_any_type_reads_back_in_the_machines_byte_order(tmp_path,
 
 WHOLE = idx(IMAGES)
 HUGE = struct.pack(">4B3I", 0, 0, 8, 3, 2**31, 2**31, 2**31)
+HOLLOW = struct.pack(">4B4I", 0, 0, 8, 4, 0, 2**31, 2**31, 2**31)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,8 @@ HUGE = struct.pack(">4B3I", 0, 0, 8, 3, 2**31, 2**31, 2**31)
         (WHOLE[:-1], "more than the file can hold|but .* follow"),
         (WHOLE + b"\0", "bytes left over"),
         (HUGE + bytes(99), "more than the file can hold"),
+        (HOLLOW, "no entries, but sides that no array can have"),
+        (gzip.compress(HOLLOW), "no entries, but sides that no array can have"),
         (gzip.compress(HUGE + bytes(99)), "more than the file can hold"),
         (gzip.compress(WHOLE)[:-12], "cut short or damaged"),
         (gzip.compress(WHOLE)[:-8] + bytes(8), "cut short or damaged"),
@@ -68,6 +73,11 @@ def test_a_damaged_idx_file_is_one_line_that_names_it(tmp_path, content, told):
     with pytest.raises(ValueError, match=told) as caught:
         readers.read_idx(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_idx_file_of_no_images_is_an_empty_array(tmp_path):
+    (tmp_path / "none-idx").write_bytes(idx(IMAGES[:0]))
+    assert readers.read_idx(tmp_path / "none-idx").shape == (0, 3, 4)
 
 
 # CIFAR
@@ -92,12 +102,12 @@ PIXELS = np.arange(2 * 3072, dtype=np.uint32).reshape(2, 3072).astype(np.uint8)
 
 
 def test_cifar_10_as_python_2_pickled_it_reads_back(tmp_path):
-    for i in (1, 2):
+    for i in range(1, 6):
         (tmp_path / f"data_batch_{i}").write_bytes(python2_batch(PIXELS + np.uint8(i), [i, 9]))
     (tmp_path / "test_batch").write_bytes(python2_batch(PIXELS, [0, 4]))
-    train, test = readers.read_cifar(tmp_path)
-    assert train["x"].shape == (4, 32, 32, 3) and train["x"].dtype == np.uint8 and train["y"].dtype == np.int32
-    assert train["y"].tolist() == [1, 9, 2, 9] and test["y"].tolist() == [0, 4]
+    train, test = cifar.read_cifar(tmp_path)
+    assert train["x"].shape == (10, 32, 32, 3) and train["x"].dtype == np.uint8 and train["y"].dtype == np.int32
+    assert train["y"].tolist() == [1, 9, 2, 9, 3, 9, 4, 9, 5, 9] and test["y"].tolist() == [0, 4]
     for channel in range(3):
         np.testing.assert_array_equal(test["x"][1, :, :, channel].ravel(), PIXELS[1, 1024 * channel :][:1024])
 
@@ -106,9 +116,106 @@ def test_cifar_100_pickled_by_python_3_reads_back_with_its_superclasses(tmp_path
     for name in ("train", "test"):
         batch = {b"data": PIXELS, b"fine_labels": [99, 3], b"coarse_labels": [19, 0], b"filenames": [b"a", b"b"]}
         (tmp_path / name).write_bytes(pickle.dumps(batch, protocol=2))
-    train, _ = readers.read_cifar(tmp_path)
+    train, _ = cifar.read_cifar(tmp_path)
     assert train["y"].tolist() == [99, 3] and train["coarse"].tolist() == [19, 0]
     np.testing.assert_array_equal(train["x"].transpose(0, 3, 1, 2).reshape(2, -1), PIXELS)
+
+
+@pytest.mark.parametrize("left_out", cifar.CIFAR_10_FILES)
+def test_cifar_10_short_of_a_batch_is_refused_by_name(tmp_path, left_out):
+    for name in {*cifar.CIFAR_10_FILES} - {left_out}:
+        (tmp_path / name).write_bytes(python2_batch(PIXELS, [1, 9]))
+    with pytest.raises(FileNotFoundError, match=f"has no {left_out}; it must hold data_batch_1, .*unpack"):
+        cifar.read_cifar(tmp_path)
+
+
+def test_cifar_10_with_a_sixth_batch_is_refused_by_name(tmp_path):
+    for name in (*cifar.CIFAR_10_FILES, "data_batch_6"):
+        (tmp_path / name).write_bytes(python2_batch(PIXELS, [1, 9]))
+    with pytest.raises(ValueError, match="holds data_batch_6, which CIFAR-10 does not have"):
+        cifar.read_cifar(tmp_path)
+
+
+@pytest.mark.parametrize("left_out", cifar.CIFAR_100_FILES)
+def test_cifar_100_short_of_a_file_is_refused_by_name(tmp_path, left_out):
+    for name in {*cifar.CIFAR_100_FILES} - {left_out}:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=f"has no {left_out}; it must hold train, test"):
+        cifar.read_cifar(tmp_path)
+
+
+def in_little_memory(code, *arguments):
+    """Runs code with room for 1 GiB more than the imports take; what it prints."""
+    limit = """
+        import resource, sys
+        from jfed.data import cifar, federated, sqlite
+        taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, resource.RLIM_INFINITY))
+    """
+    program = textwrap.dedent(limit) + textwrap.dedent(code)
+    run = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(run, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+TEXT = b"X" + struct.pack("<I", 2**20) + b"a" * 2**20  # one string of a megabyte
+BOMBS = {
+    "memo": (b"\x80\x02Nr\xff\xff\xff\x7f.", "memo index 2147483647 in a file of 9 bytes"),
+    "memo in figures": (b"Np4000000000\n.", "memo index 4000000000"),
+    "promised bytes": (b"\x80\x04\x8e" + struct.pack("<Q", 2**42) + b".", "expected 4398046511104 bytes"),
+    "promised bytearray": (b"\x80\x05\x96" + struct.pack("<Q", 2**42) + b".", "expected 4398046511104 bytes"),
+    "one text encoded often": (
+        b"\x80\x02]q\x00(c_codecs\nencode\nq\x01" + TEXT + b"q\x02" + b"h\x01h\x02\x85R" * 4000 + b"e.",
+        "more text than the file can hold",
+    ),
+    "lists of lists, told in an error": (
+        b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00a]q\x00"
+        + b"".join(b"](" + b"h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(60))
+        + b"\x86R.",
+        "damaged",
+    ),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and measures memory as Linux does; no file is needed")
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_pickle_cannot_take_much_memory(tmp_path, name):
+    content, told = BOMBS[name]
+    (tmp_path / "train").write_bytes(content)
+    (tmp_path / "test").write_bytes(content)
+    code = """
+        try:
+            cifar.read_cifar(sys.argv[1])
+        except ValueError as error:
+            print(error)
+    """
+    said = in_little_memory(code, tmp_path)
+    assert told in said and str(tmp_path / "train") in said and "MemoryError" not in said
+
+
+def test_a_pickle_may_build_one_array_often_over_the_same_bytes():
+    array = cifar._Array()
+    array.__setstate__((1, (2, 3072), cifar._Dtype("u1"), False, PIXELS.tobytes()))
+    assert array.array.base is not None  # a view: a thousand of them take no more memory
+
+
+@pytest.mark.parametrize("which", ["_codecs\nencode", "numpy\ndtype", "numpy\nndarray"])
+@pytest.mark.parametrize("state", [b"}X\x01\x00\x00\x00aK\x01s", b"N}X\x08\x00\x00\x00__init__K\x01s\x86"])
+def test_a_pickle_cannot_change_what_stands_in_for_a_global(tmp_path, which, state):
+    before = [dict(vars(kind)) for kind in (cifar._Array, cifar._Dtype, cifar._Encode)]
+    for name in cifar.CIFAR_100_FILES:
+        (tmp_path / name).write_bytes(b"\x80\x02c" + which.encode() + b"\n" + state + b"b.")
+    with pytest.raises(ValueError, match="train: (refused to change a function|.*missing 1 required)"):
+        cifar.read_cifar(tmp_path)
+    assert before == [dict(vars(kind)) for kind in (cifar._Array, cifar._Dtype, cifar._Encode)]
+
+
+def test_a_pickle_whose_data_are_a_class_or_an_array_without_bytes_is_refused(tmp_path):
+    key = b"\x80\x02}X\x04\x00\x00\x00datacnumpy\nndarray\n"
+    for content in (key + b"s.", key + b")\x81s."):  # NEWOBJ makes an instance without calling __init__
+        for name in cifar.CIFAR_100_FILES:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="train: has no `data`"):
+            cifar.read_cifar(tmp_path)
 
 
 class Evil:
@@ -133,17 +240,17 @@ class Evil:
 )
 def test_a_pickle_that_is_not_a_cifar_batch_is_refused_and_runs_nothing(tmp_path, monkeypatch, content, told):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data_batch_1").write_bytes(content)
-    (tmp_path / "test_batch").write_bytes(content)
+    for name in cifar.CIFAR_10_FILES:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=told) as caught:
-        readers.read_cifar(tmp_path)
+        cifar.read_cifar(tmp_path)
     assert "data_batch_1" in str(caught.value)
     assert not (tmp_path / "pwned").exists()
 
 
 def test_a_folder_without_cifar_says_what_it_should_hold(tmp_path):
     with pytest.raises(FileNotFoundError, match="data_batch_1 .* train and test"):
-        readers.read_cifar(tmp_path)
+        cifar.read_cifar(tmp_path)
 
 
 # LEAF
@@ -160,18 +267,18 @@ BOB = {"x": [[4, 5]], "y": [7]}
 def test_leaf_reads_one_file_or_a_folder_and_leaves_out_users_without_samples(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(leaf(ann=ANN, nobody={"x": [], "y": []})))
     (tmp_path / "b.json").write_text(json.dumps(leaf(bob=BOB)))
-    both, names = readers.read_leaf(tmp_path)
+    both, names = federated.read_leaf(tmp_path)
     assert names == ["ann", "bob"]
     assert both.examples["x"].dtype == np.float32 and both.examples["y"].dtype == np.int32
     np.testing.assert_array_equal(client(both, 1)["x"], [[4, 5]])
-    one, names = readers.read_leaf(tmp_path / "a.json")
+    one, names = federated.read_leaf(tmp_path / "a.json")
     assert names == ["ann"] and one.size.tolist() == [2]
 
 
 def test_leaf_text_becomes_bytes_padded_to_the_longest_of_all_users(tmp_path):
     users = leaf(ann={"x": ["to be"], "y": ["e"]}, bob={"x": ["or not", "né"], "y": ["t", "s"]})
     (tmp_path / "t.json").write_text(json.dumps(users))
-    both, _ = readers.read_leaf(tmp_path / "t.json")
+    both, _ = federated.read_leaf(tmp_path / "t.json")
     words = [bytes(row).rstrip(b"\0").decode() for row in np.asarray(both.examples["x"])]
     assert words == ["to be", "or not", "né"] and both.examples["y"].shape == (3, 1)
 
@@ -198,7 +305,7 @@ def test_leaf_text_becomes_bytes_padded_to_the_longest_of_all_users(tmp_path):
 def test_a_file_that_is_not_leafs_is_an_error_that_names_it(tmp_path, content, told):
     (tmp_path / "bad.json").write_text(content)
     with pytest.raises(ValueError, match=told) as caught:
-        readers.read_leaf(tmp_path / "bad.json")
+        federated.read_leaf(tmp_path / "bad.json")
     assert "bad.json" in str(caught.value)
 
 
@@ -206,7 +313,7 @@ def test_a_leaf_user_in_two_files_is_an_error(tmp_path):
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text(json.dumps(leaf(ann=ANN)))
     with pytest.raises(ValueError, match="'ann' occurs twice"):
-        readers.read_leaf(tmp_path)
+        federated.read_leaf(tmp_path)
 
 
 # SQLite
@@ -285,7 +392,7 @@ def test_tffs_sqlite_reads_back_by_split_with_clients_sorted(tmp_path, suffix):
         packed.write_bytes(lzma.compress(path.read_bytes(), kind))
         path = packed
     before = sorted(p.name for p in tmp_path.iterdir())
-    read, names = readers.read_sqlite(path, split="train", shapes={"pixels": (2, 2)})
+    read, names = sqlite.read_sqlite(path, split="train", shapes={"pixels": (2, 2)})
     assert names == ["f1", "f2"] and read.size.tolist() == [1, 2]
     assert read.examples["label"].tolist() == [-1, 5, 6]
     np.testing.assert_array_equal(client(read, 1)["pixels"][1], [[8, 9], [1, 2]])
@@ -295,10 +402,10 @@ def test_tffs_sqlite_reads_back_by_split_with_clients_sorted(tmp_path, suffix):
 def test_a_tff_file_of_several_splits_asks_for_one(tmp_path):
     tff(tmp_path / "a.sqlite", TFF_ROWS)
     with pytest.raises(ValueError, match=r"\['test', 'train'\]; name one with split="):
-        readers.read_sqlite(tmp_path / "a.sqlite")
+        sqlite.read_sqlite(tmp_path / "a.sqlite")
     with pytest.raises(ValueError, match="no examples"):
-        readers.read_sqlite(tmp_path / "a.sqlite", split="x' OR '1'='1")
-    read, _ = readers.read_sqlite(tmp_path / "a.sqlite", split="test", features=["label"])
+        sqlite.read_sqlite(tmp_path / "a.sqlite", split="x' OR '1'='1")
+    read, _ = sqlite.read_sqlite(tmp_path / "a.sqlite", split="test", features=["label"])
     assert list(read.examples) == ["label"]
 
 
@@ -318,7 +425,7 @@ def test_a_tff_file_of_several_splits_asks_for_one(tmp_path):
 def test_bad_tff_rows_are_errors_that_name_the_file(tmp_path, rows, options, told):
     tff(tmp_path / "bad.sqlite", rows)
     with pytest.raises(ValueError, match=told) as caught:
-        readers.read_sqlite(tmp_path / "bad.sqlite", **options)
+        sqlite.read_sqlite(tmp_path / "bad.sqlite", **options)
     assert "bad.sqlite" in str(caught.value)
 
 
@@ -341,13 +448,13 @@ def test_fedjaxs_sqlite_reads_back_arrays_and_byte_strings(tmp_path):
     arrays = {"x": IMAGES.astype(np.float32), "y": np.array([3, 4], np.int64)}
     first = flax.serialization.msgpack_serialize(arrays)
     fedjax(tmp_path / "f.sqlite", [(b"zed", zlib.compress(first), 2), (b"amy", zlib.compress(first), 2)])
-    read, names = readers.read_sqlite(tmp_path / "f.sqlite")
+    read, names = sqlite.read_sqlite(tmp_path / "f.sqlite")
     assert names == ["zed", "amy"] and read.examples["y"].dtype == np.int32
     np.testing.assert_array_equal(client(read, 1)["x"], IMAGES)
 
     text = msgpack.packb({"snippets": fedjax_bytes_array([b"to be", b"or"])})
     fedjax(tmp_path / "t.sqlite", [(b"a", zlib.compress(text), 2)])
-    read, _ = readers.read_sqlite(tmp_path / "t.sqlite")
+    read, _ = sqlite.read_sqlite(tmp_path / "t.sqlite")
     assert np.asarray(read.examples["snippets"]).tolist() == [list(b"to be"), list(b"or\0\0\0")]
 
 
@@ -367,48 +474,119 @@ def test_bad_fedjax_rows_are_errors_that_name_the_client(tmp_path):
         path = tmp_path / f"{i}.sqlite"
         fedjax(path, [(b"ann", data, 2)])
         with pytest.raises(ValueError, match=f"{i}.sqlite: client 'ann'.*{told}"):
-            readers.read_sqlite(path)
+            sqlite.read_sqlite(path)
 
 
 def test_a_file_that_is_no_federated_database_says_so(tmp_path):
     path = tmp_path / "no.sqlite"
     with pytest.raises(FileNotFoundError):
-        readers.read_sqlite(path)
+        sqlite.read_sqlite(path)
     path.write_bytes(b"not a database at all, but long enough" * 99)
     with pytest.raises(ValueError, match="SQLite cannot read it"):
-        readers.read_sqlite(path)
+        sqlite.read_sqlite(path)
     path.unlink()
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE other (x)")
         connection.commit()
     with pytest.raises(ValueError, match=r"\['other'\]"):
-        readers.read_sqlite(path)
+        sqlite.read_sqlite(path)
     packed = tmp_path / "no.sqlite.lzma"
     packed.write_bytes(lzma.compress(path.read_bytes())[:-20])
     with pytest.raises(ValueError, match="cut short or damaged"):
-        readers.read_sqlite(packed)
+        sqlite.read_sqlite(packed)
+
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
+
+
+@pytest.mark.parametrize("where", ["", " WHERE i < 0"], ids=["endless", "endless and empty"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        "examples AS {} SELECT 't' AS split_name, i AS client_id, x'00' AS serialized_example_proto FROM n{}",
+        "federated_data AS {} SELECT i AS client_id, x'00' AS data, 1 AS num_examples FROM n{}",
+    ],
+)
+def test_a_view_is_not_taken_for_a_table(tmp_path, view, where):
+    path = tmp_path / "view.sqlite"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE VIEW " + view.format(ENDLESS, where))
+        connection.commit()
+    with pytest.raises(ValueError, match=r"view\.sqlite: has neither a table .*\[\]"):
+        sqlite.read_sqlite(path)
+
+
+@pytest.mark.parametrize(
+    ("split", "told"), [(None, "interrupted"), ("test", "interrupted"), ("train", "more than the file can hold")]
+)
+def test_a_table_whose_pages_lead_to_one_row_a_billion_times_is_given_up(tmp_path, split, told):
+    path = tmp_path / "maze.sqlite"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA page_size=512")
+        connection.execute("CREATE TABLE examples (split_name TEXT, client_id TEXT, serialized_example_proto BLOB)")
+        connection.execute("INSERT INTO examples VALUES (?, ?, ?)", ("train", "ann", example(y=[1])))
+        connection.commit()
+    pages = path.read_bytes()
+    head, leaf = pages[:512], pages[512:1024]
+
+    def inner(child, cells=50):
+        """A page of a table's tree with all its pointers to one page: its header, where cells lie, the cells."""
+        places = [512 - 5 * (i + 1) for i in range(cells)]
+        top = struct.pack(">BHHHBI", 5, 0, cells, places[-1], 0, child) + struct.pack(f">{cells}H", *places)
+        return top + bytes(places[-1] - len(top)) + (struct.pack(">I", child) + b"\1") * cells
+
+    levels = 6  # 51 ** 6 = 1.8e10 ways from the root, page 2, to the leaf, the last page
+    path.write_bytes(
+        head[:28] + struct.pack(">I", 2 + levels) + head[32:] + b"".join(inner(3 + i) for i in range(levels)) + leaf
+    )
+    with pytest.raises(ValueError, match=rf"maze\.sqlite.*{told}"):
+        sqlite.read_sqlite(path, split=split)
+
+
+def test_a_column_that_is_computed_cannot_be_longer_than_the_file(tmp_path):
+    path = tmp_path / "computed.sqlite"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(
+            "CREATE TABLE examples (split_name TEXT, client_id TEXT, "
+            "serialized_example_proto BLOB GENERATED ALWAYS AS (zeroblob(900000000)))"
+        )
+        connection.execute("INSERT INTO examples VALUES ('t', 'a')")
+        connection.commit()
+    with pytest.raises(ValueError, match=r"computed\.sqlite.*too big"):
+        sqlite.read_sqlite(path)
+
+
+@pytest.mark.parametrize("kind", [lzma.FORMAT_ALONE, lzma.FORMAT_XZ])
+def test_a_compressed_database_is_unpacked_up_to_a_limit_and_not_beyond(tmp_path, kind):
+    tff(tmp_path / "plain", TFF_ROWS[:1])
+    size = (tmp_path / "plain").stat().st_size
+    path = tmp_path / "packed.sqlite.xz"
+    path.write_bytes(lzma.compress((tmp_path / "plain").read_bytes(), kind))
+    assert sqlite.read_sqlite(path, max_unpacked=size)[1] == ["f2"]
+    with pytest.raises(ValueError, match=rf"packed\.sqlite\.xz: max_unpacked={size - 1}: .*raise max_unpacked"):
+        sqlite.read_sqlite(path, max_unpacked=size - 1)
 
 
 # HDF5
 
 
 def test_tffs_h5_reads_back_numbers_and_text(tmp_path):
-    h5py = pytest.importorskip("h5py")
+    h5py = pytest.importorskip("h5py", reason="needs the package h5py; no file is needed in $JFED_DATA")
     with h5py.File(tmp_path / "t.h5", "w") as file:
         for name, count in (("f2", 1), ("f1", 2)):
             group = file.create_group(f"examples/{name}")
             group["label"] = np.arange(count, dtype=np.int64)
             group["pixels"] = np.full((count, 2, 2), count, np.float64)
             group.create_dataset("text", data=["word" * count] * count, dtype=h5py.string_dtype())
-    read, names = readers.read_h5(tmp_path / "t.h5")
+    read, names = federated.read_h5(tmp_path / "t.h5")
     assert names == ["f1", "f2"] and read.size.tolist() == [2, 1]
     assert read.examples["pixels"].shape == (3, 2, 2) and read.examples["pixels"].dtype == np.float32
     assert bytes(client(read, 1)["text"][0]) == b"word\0\0\0\0"
-    assert list(readers.read_h5(tmp_path / "t.h5", features=["label"])[0].examples) == ["label"]
+    assert list(federated.read_h5(tmp_path / "t.h5", features=["label"])[0].examples) == ["label"]
 
 
 def test_a_hostile_or_foreign_h5_file_is_refused(tmp_path):
-    h5py = pytest.importorskip("h5py")
+    h5py = pytest.importorskip("h5py", reason="needs the package h5py; no file is needed in $JFED_DATA")
     secret = tmp_path / "secret"
     secret.write_bytes(bytes(64))
     with h5py.File(tmp_path / "other.h5", "w") as file:
@@ -423,7 +601,12 @@ def test_a_hostile_or_foreign_h5_file_is_refused(tmp_path):
     def huge(file):
         file.create_dataset("examples/a/y", (2**40,), "i4", chunks=(64,))
 
+    def often(file):  # each dataset alone is within what the file could hold, all of them are not
+        for i in range(200):
+            file.create_dataset(f"examples/a/{i}", (2**18,), "i4", chunks=(64,))
+
     cases = [
+        (often, "more than the file can hold"),
         (outside, "not a group of this file"),
         (raw, "another file"),
         (huge, "more than the file can hold"),
@@ -435,9 +618,9 @@ def test_a_hostile_or_foreign_h5_file_is_refused(tmp_path):
         with h5py.File(tmp_path / f"{i}.h5", "w") as file:
             write(file)
         with pytest.raises(ValueError, match=f"{i}.h5.*{told}"):
-            readers.read_h5(tmp_path / f"{i}.h5")
+            federated.read_h5(tmp_path / f"{i}.h5")
     with pytest.raises(ValueError, match="HDF5 cannot read it"):
-        readers.read_h5(secret)
+        federated.read_h5(secret)
 
 
 def test_without_h5py_the_error_says_how_to_get_it(tmp_path, monkeypatch):

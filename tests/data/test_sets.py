@@ -6,6 +6,7 @@ import hashlib
 import io
 import lzma
 import os
+import pickle
 import struct
 import sys
 import tarfile
@@ -17,12 +18,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jfed.data import _copies, download, natural, sets
+from jfed.data import _copies, cifar, download, natural, sets
 from jfed.data.embedded import make
 
 DATA = os.environ.get("JFED_DATA")
-needs_mnist = pytest.mark.skipif(not DATA or not Path(DATA, "mnist").is_dir(), reason="needs MNIST in $JFED_DATA")
-needs_fashion = pytest.mark.skipif(not DATA or not Path(DATA, "fashion-mnist").is_dir(), reason="needs $JFED_DATA")
+
+
+def missing(root, folder):
+    """The files of MNIST or Fashion-MNIST the folder of data has not, as the reason of a skip; or None."""
+    absent = [stem for stem in _copies.IDX_STEMS if root is None or not [*Path(root, folder).glob(f"{stem}*")]]
+    return f"needs {', '.join(f'{folder}/{stem}.gz' for stem in absent)} in $JFED_DATA" if absent else None
+
+
+needs_mnist = pytest.mark.skipif(missing(DATA, "mnist") is not None, reason=str(missing(DATA, "mnist")))
+needs_fashion = pytest.mark.skipif(
+    missing(DATA, "fashion-mnist") is not None, reason=str(missing(DATA, "fashion-mnist"))
+)
+
+
+def test_the_reason_of_a_skip_names_the_files_that_are_missing(tmp_path):
+    put_idx(tmp_path / "mnist")
+    assert missing(tmp_path, "mnist") is None
+    (tmp_path / "mnist" / f"{_copies.IDX_STEMS[2]}.gz").unlink()
+    assert missing(tmp_path, "mnist") == "needs mnist/t10k-images-idx3-ubyte.gz in $JFED_DATA"
+    assert all(f"fashion-mnist/{stem}.gz" in missing(None, "fashion-mnist") for stem in _copies.IDX_STEMS)
 
 
 @pytest.fixture
@@ -283,6 +302,52 @@ def test_emnist_is_upright_and_counts_classes_from_0(nowhere, monkeypatch, split
     assert train["y"].tolist() == [1 - first, 2 - first, 26 - first]
 
 
+def put_cifar(folder, rows=(50_000, 10_000), fine=False):
+    """CIFAR of black images; the last image of each file is white."""
+    folder.mkdir(parents=True)
+    train = [rows[0]] if fine else [rows[0] // 5] * 5
+    for name, count in zip(cifar.CIFAR_100_FILES if fine else cifar.CIFAR_10_FILES, (*train, rows[1]), strict=True):
+        data, labels = np.zeros((count, 3072), np.uint8), [7] * count
+        data[-1] = 255
+        batch = {"data": data, "fine_labels": labels, "coarse_labels": labels} if fine else {"data": data}
+        (folder / name).write_bytes(pickle.dumps({"labels": labels, **batch}, protocol=4))
+
+
+@pytest.mark.parametrize("fine", [False, True])
+def test_cifar_is_found_whole_even_beside_the_other(nowhere, monkeypatch, fine):
+    monkeypatch.setenv("JFED_DATA", str(nowhere / "root"))
+    monkeypatch.setattr(_copies, "CIFAR_ROWS", (50, 10))
+    put_cifar(nowhere / "root", (50, 10), fine=False)
+    put_cifar(nowhere / "more", (50, 10), fine=True)
+    for path in (nowhere / "more").iterdir():
+        path.rename(nowhere / "root" / path.name)
+    train, test = (sets.cifar100 if fine else sets.cifar10)()
+    assert train["x"].shape == (50, 32, 32, 3) and test["x"].shape == (10, 32, 32, 3)
+    assert train["x"][..., 0].sum() == 1024 * (1 if fine else 5)
+
+
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("rows", [(45, 10), (50, 9)])
+def test_cifar_with_too_few_rows_is_not_the_named_set(nowhere, monkeypatch, fine, rows):
+    monkeypatch.setenv("JFED_DATA", str(nowhere / "root"))
+    name = "cifar100" if fine else "cifar10"
+    put_cifar(nowhere / "root" / name, rows, fine)
+    told = f"it has {rows[0]} and {rows[1]} images, not the set's 50000 and 10000"
+    with pytest.raises(FileNotFoundError, match=told):
+        getattr(sets, name)()
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"), [("cifar10", "data_batch_3"), ("cifar10", "test_batch"), ("cifar100", "train")]
+)
+def test_a_part_of_cifar_is_not_the_set_and_what_is_missing_is_told(nowhere, monkeypatch, name, left_out):
+    monkeypatch.setenv("JFED_DATA", str(nowhere / "root"))
+    put_cifar(nowhere / "root" / name, (50, 10), fine=name == "cifar100")
+    (nowhere / "root" / name / left_out).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"\[found, but .*has no {left_out}"):
+        getattr(sets, name)()
+
+
 def test_emnist_refuses_a_split_it_does_not_have():
     with pytest.raises(ValueError, match="balanced, byclass"):
         sets.emnist("writers")
@@ -355,9 +420,48 @@ def test_only_wanted_members_leave_an_archive_and_none_leaves_the_folder(tmp_pat
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["emnist-x-ubyte.gz", "emnist-y-ubyte.gz"]
 
 
+def archive(path, *names):
+    with zipfile.ZipFile(path, "w") as file:
+        for name in names:
+            file.writestr(name, name)
+    return source(path)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interrupted_unpacking_leaves_no_part_of_the_archive(tmp_path, monkeypatch, there):
+    remote, folder = archive(tmp_path / "remote.zip", "one", "two", "three"), tmp_path / "sets" / "here"
+    if there:
+        folder.mkdir(parents=True)
+        (folder / "note").write_text("mine")
+    whole = download._members
+
+    def interrupted(path):
+        for i, member in enumerate(whole(path)):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield member
+
+    monkeypatch.setattr(download, "_members", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        download.fetch_members(remote, folder, lambda name: True)
+    assert [str(p.relative_to(tmp_path / "sets")) for p in (tmp_path / "sets").rglob("*")] == (
+        ["here", "here/note"] if there else []
+    )
+
+
+def test_members_come_by_one_renaming_or_join_what_the_folder_holds(tmp_path):
+    remote, folder = archive(tmp_path / "remote.zip", "one", "two"), tmp_path / "here"
+    download.fetch_members(remote, folder, lambda name: True)
+    (folder / "one").write_text("damaged")
+    (folder / "note").write_text("mine")
+    download.fetch_members(remote, folder, lambda name: True)
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {"one": "one", "two": "two", "note": "mine"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "remote.zip"]
+
+
 def test_a_damaged_archive_is_an_error_and_leaves_nothing_behind(tmp_path):
     remote = tmp_path / "remote.tar.gz"
     remote.write_bytes(b"not an archive")
     with pytest.raises(ValueError, match="archive is damaged"):
         download.fetch_members(source(remote), tmp_path / "new", lambda name: True)
-    assert list((tmp_path / "new").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["remote.tar.gz"]
