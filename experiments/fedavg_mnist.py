@@ -17,6 +17,8 @@ of .03, .05 and .1, and 1500 were not enough at .01.
 
 Commands: python experiments/fedavg_mnist.py --model 2nn --split iid --seeds 3
           python experiments/fedavg_mnist.py --model cnn --split shards   (for an accelerator)
+Expected: 20 rounds for cnn/iid, 49 for 2nn/iid, 246 for 2nn/shards (means of 3 seeds).
+Time on two CPU cores: under half a minute a seed for 2nn, about 10 minutes for cnn/iid.
 Needs the MNIST files; the error says where they are looked for.
 """
 

@@ -8,6 +8,7 @@ Source: McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1; label skew by Diric
 2019 (arXiv:1909.06335). Data: 10,000 + 2,000 images of Fashion-MNIST, embedded in the kit.
 
 Command: python experiments/quickstart.py
+Expected: 84 % after 150 rounds, 85 % with all data in one place.
 Time: about a minute on two CPU cores, compilation included.
 """
 

@@ -148,7 +148,8 @@ def sharded(mesh: Mesh, inner: ClientMap, *, axis: str = "clients") -> ClientMap
     """Deals the clients to the devices along one mesh axis and sums what they add with one `psum`.
 
     Clients are dealt longest first, back and forth over the devices, so that each device gets
-    nearly the same number of local steps. `shared` is the same on every device.
+    nearly the same number of local steps. `shared` is the same on every device: a state or population
+    put there beforehand, with `jfed.mesh.replicate`, is not copied, nor a program compiled, again.
 
     Args:
       mesh: from `jfed.mesh.make`; may span processes.

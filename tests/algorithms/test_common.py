@@ -62,14 +62,23 @@ MAPS = {
     "lanes(1)": lambda: lanes(1),
     "lanes(3)": lambda: lanes(3),
     "lanes(64)": lambda: lanes(64),
-    "sharded lanes(2)": lambda: sharded(mesh.make(), lanes(2)),
-    "sharded vectorised": lambda: sharded(mesh.make((2,)), vectorised()),
+    "sharded lanes(2)": lambda: sharded(MESHES["sharded lanes(2)"], lanes(2)),
+    "sharded vectorised": lambda: sharded(MESHES["sharded vectorised"], vectorised()),
 }
+MESHES = {"sharded lanes(2)": mesh.make(), "sharded vectorised": mesh.make((2,))}
 IDS = [3, 0, 12, 5, 1, 12, 7, 11, 2]  # 12 is an empty slot
 KEY = jax.random.key(7)
 
-# One worker runs all tests of a method, so that it compiles each program once.
-methods = pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.xdist_group(m)) for m in METHODS])
+# Methods that differ from another only in their server: one version of JAX is enough for them.
+ALIKE = {"fedavg, client momentum", "fedavgm", "fedyogi", "fedadagrad"}
+
+
+def marks(method):
+    """One worker runs all tests of a method, so that it compiles each program once."""
+    return [pytest.mark.xdist_group(method), *([pytest.mark.slow] if method in ALIKE else [])]
+
+
+methods = pytest.mark.parametrize("method", [pytest.param(m, marks=marks(m)) for m in METHODS])
 
 
 @functools.cache
@@ -92,7 +101,10 @@ def two_rounds(method, client_map, ids=IDS):
     slot = {client: place for place, client in enumerate(ids)}
     steps = first.steps.at[slot[3]].min(2).at[slot[5]].set(0)
     second = first._replace(steps=steps, weight=first.weight.at[slot[0]].set(0.0))
-    state, _ = one_round(algorithm.init(PARAMS), first, jax.random.fold_in(KEY, 0))
+    state = algorithm.init(PARAMS)
+    if client_map in MESHES:  # else the state would move there after the first round, for a second compilation
+        state = mesh.replicate(state, MESHES[client_map])
+    state, _ = one_round(state, first, jax.random.fold_in(KEY, 0))
     return one_round(state, second, jax.random.fold_in(KEY, 1))
 
 
@@ -107,17 +119,20 @@ def test_every_client_map_gives_the_same_state_and_metrics(method, client_map):
     problem.close(two_rounds(method, client_map), reference(method))
 
 
+@pytest.mark.slow
 @methods
 def test_the_order_of_clients_does_not_matter(method):
     problem.close(two_rounds(method, "lanes(3)", ids=IDS[::-1]), reference(method))
 
 
+@pytest.mark.slow
 @methods
 def test_empty_slots_do_not_matter(method):
     filled = [i for i in IDS if i != 12]
     problem.close(two_rounds(method, "lanes(3)", ids=filled), reference(method))
 
 
+@pytest.mark.slow
 @methods
 def test_a_compiled_round_equals_an_eager_one(method):
     algorithm, one_round, _ = compiled(method, "lanes(3)")
