@@ -8,7 +8,7 @@ Source: McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1; label skew by Diric
 2019 (arXiv:1909.06335). Data: 10,000 + 2,000 images of Fashion-MNIST, embedded in the kit.
 
 Command: python experiments/quickstart.py
-Expected: 84 % after 150 rounds, 85 % with all data in one place.
+Expected: 84 % after 150 rounds, 85 to 86 % with all data in one place.
 Time: about a minute on two CPU cores, compilation included.
 """
 
@@ -33,6 +33,7 @@ class Config(experiment.Options):
     learning_rate: float = 0.1
     lanes: int = 4  # clients training at once
     centralised_epochs: int = 20
+    centralised_learning_rate: float = 0.03  # with all data in one place, 0.1 leaves the end of training noisy
 
 
 SMOKE = {"num_clients": 50, "cohort": 10, "rounds": 20, "epochs": 1, "centralised_epochs": 1}
@@ -47,15 +48,16 @@ def main(config: Config) -> None:
 
     model = models.two_nn()
     loss, metrics = models.cross_entropy(model), models.metrics(model)
-    optimizer, client_map = optax.sgd(config.learning_rate), clients.lanes(config.lanes)
+    client_map = clients.lanes(config.lanes)
 
+    optimizer = optax.sgd(config.learning_rate)
     work = local.sgd(loss, optimizer, batch_size=config.batch_size, epochs=config.epochs)
     fedavg = algorithms.fedavg(work, client_map=client_map)
     sampler = sampling.uniform(config.cohort, steps=work.steps)
 
     # All data in one place is a federation of one.
     everything = data.population(train, [len(train["y"])])
-    epoch = local.sgd(loss, optimizer, batch_size=config.batch_size)
+    epoch = local.sgd(loss, optax.sgd(config.centralised_learning_rate), batch_size=config.batch_size)
     centralised = algorithms.fedavg(epoch, client_map=clients.lanes(1))
 
     def judge(params):
