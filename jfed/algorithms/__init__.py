@@ -1,15 +1,7 @@
 """Methods: one file each."""
 
-from jfed.algorithms.federated import (
-    FederatedState,
-    fedadagrad,
-    fedadam,
-    fedavg,
-    fedavgm,
-    federated,
-    fedsgd,
-    fedyogi,
-)
+from jfed.algorithms.adaptive import fedadagrad, fedadam, fedyogi
+from jfed.algorithms.federated import FederatedState, fedavg, fedavgm, federated, fedsgd
 
 __all__ = [
     "FederatedState",
