@@ -149,6 +149,7 @@ def test_a_round_is_traced_once_whatever_the_clients(method):
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 @methods
 def test_seeds_run_side_by_side_as_they_run_alone(method):
     work, make = METHODS[method]
