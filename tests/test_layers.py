@@ -12,7 +12,7 @@ GROUND = {"core", "tree", "mesh", "shuffle", "_validate"}
 FIRST = {"clients", "local", "sampling"}
 TOP = {"run", "experiment", "checkpoint", "report", "plot", "_leaves", "_terminal"}
 MAY_IMPORT = (
-    {room: GROUND for room in GROUND | FIRST}
+    {room: GROUND | {room} for room in GROUND | FIRST}
     | {"algorithms": GROUND | FIRST | {"algorithms"}}
     | {room: GROUND | {room} for room in ("data", "models")}
     | {room: GROUND | FIRST | TOP | {"algorithms", "data", "models"} for room in TOP}
