@@ -9,6 +9,7 @@
     models      small models, losses, adapters
     run         many rounds, evaluation
     report, checkpoint, plot, experiment        run folders, resuming, pictures, scripts
+    launch      a script as several processes
 
 Modules are loaded when first asked for.
 """
@@ -25,6 +26,7 @@ _MODULES = (
     "core",
     "data",
     "experiment",
+    "launch",
     "local",
     "mesh",
     "models",

@@ -38,7 +38,7 @@ class Cohort(NamedTuple):
     start: jax.Array  # [C] int32, first row in `examples`
     size: jax.Array  # [C] int32, number of rows; 0 in an empty slot
     steps: jax.Array  # [C] int32, local steps this client completes
-    weight: jax.Array  # [C] float32, aggregation weight; 0 = absent
+    weight: jax.Array  # [C] float32, aggregation weight; 0 = absent, and with no steps not even looked at
     examples: Tree = ()  # leaves [E, ...], the rows that `start` and `size` speak of
     state: Tree = ()  # leaves [C, ...], what a method remembers of each client
 
@@ -66,7 +66,8 @@ class ClientMap(Protocol):
     """Runs a `ClientWork` for every client of a cohort.
 
     Law: the result equals running each client alone, stacking `kept` and summing `added`, whatever
-    the order of clients, the number at once, and the number of devices.
+    the order of clients, the number at once, and the number of devices. A client with neither steps
+    nor weight is absent: its row of `kept` is zero, and it adds nothing.
     """
 
     def __call__(self, work: ClientWork, shared: Tree, clients: Cohort) -> tuple[Tree, Tree]:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jfed import _validate, checkpoint, report
+from jfed import _machine, _validate, checkpoint, mesh, report
 from jfed.core import Algorithm, Population, Tree
 from jfed.run import iterate
 from jfed.sampling import Sampler
@@ -39,6 +39,9 @@ class Options:
 def cli(main: Callable[[Any], None], options: type[Options], *, smoke: dict[str, Any]) -> None:
     """Reads the command line into `options` and calls `main` with it.
 
+    Compiled programs are kept in the cache folder, so that a second run starts sooner, and each CPU
+    core is a device of its own (`jfed.mesh.use_cores`).
+
     A `ValueError`, a missing file or a failed download ends the script with its one line;
     JFED_TRACEBACK=1 shows where it was raised.
 
@@ -53,6 +56,8 @@ def cli(main: Callable[[Any], None], options: type[Options], *, smoke: dict[str,
     if chosen.smoke:
         untouched = {name: value for name, value in smoke.items() if getattr(chosen, name) == getattr(options, name)}
         chosen = dataclasses.replace(chosen, **untouched)
+    mesh.use_cores()
+    jax.config.update("jax_compilation_cache_dir", str(_machine.cache_folder() / "compiled"))
     try:
         main(chosen)
     except (ValueError, OSError) as error:

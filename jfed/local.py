@@ -37,6 +37,7 @@ class Carry(NamedTuple):
 
     params: Tree  # the client's model
     optimizer: Tree  # state of the client optimizer
+    order: Tree  # words of the order of its examples, see `jfed.shuffle`; () where they come as stored
     so_far: Pass | tuple  # () where every step ends with an update
     loss: jax.Array  # [] float32, sum of the per-example losses met
     examples: jax.Array  # [] float32, how many there were
@@ -69,20 +70,28 @@ def sgd(loss: Loss, optimizer: optax.GradientTransformation, *, batch_size: int,
     _validate.at_least_one("sgd", "epochs", epochs, "a straggler does less by its cohort's `steps`")
     optimizer = optax.with_extra_args_support(optimizer)
 
+    def keys_of(shared: Shared, client: Cohort) -> tuple[jax.Array, jax.Array]:
+        order_key, loss_key = jax.random.split(jax.random.fold_in(shared.key, client.ids))
+        return jax.random.fold_in(order_key, 0), loss_key
+
+    def start_fn(shared: Shared, client: Cohort) -> Carry:
+        # Drawn once a client: drawing in every step would cost a small model more than its training.
+        return _start(optimizer, shared)._replace(order=shuffle.draw(keys_of(shared, client)[0]))
+
     def step_fn(shared: Shared, client: Cohort, carry: Carry, t: jax.Array) -> Carry:
         batches = _batches(client.size, batch_size)
-        order_key, loss_key = jax.random.split(jax.random.fold_in(shared.key, client.ids))
         place, real = _places(client.size, t % batches, batch_size)
-        row = client.start + shuffle.position(jax.random.fold_in(order_key, t // batches), place, client.size)
+        row = client.start + shuffle.position(carry.order, place, client.size, epoch=t // batches)
         batch = tree.take(shared.examples, row)
 
+        _, loss_key = keys_of(shared, client)
         met = _sums(loss, carry.params, batch, real, jax.random.fold_in(loss_key, t))
         carry = carry._replace(loss=carry.loss + met.loss, examples=carry.examples + met.examples)
         return _descend(optimizer, shared, carry, met)
 
     return ClientWork(
         steps=lambda size: epochs * _batches(size, batch_size),
-        start=lambda shared, client: _start(optimizer, shared),
+        start=start_fn,
         step=step_fn,
         finish=_finish,
     )
@@ -151,7 +160,7 @@ def gradient(loss: Loss, *, chunk_size: int = 64) -> ClientWork:
 
     return ClientWork(
         steps=lambda size: _batches(size, chunk_size),
-        start=lambda shared, client: Carry(shared.params, (), _nothing(shared), jnp.zeros(()), jnp.zeros(())),
+        start=lambda shared, client: Carry(shared.params, (), (), _nothing(shared), jnp.zeros(()), jnp.zeros(())),
         step=step_fn,
         finish=finish_fn,
     )
@@ -239,7 +248,7 @@ def _mean(summed: Pass, params: Tree) -> Tree:
 
 
 def _start(optimizer: optax.GradientTransformationExtraArgs, shared: Shared) -> Carry:
-    return Carry(shared.params, optimizer.init(shared.params), (), jnp.zeros(()), jnp.zeros(()))
+    return Carry(shared.params, optimizer.init(shared.params), (), (), jnp.zeros(()), jnp.zeros(()))
 
 
 def _descend(optimizer: optax.GradientTransformationExtraArgs, shared: Shared, carry: Carry, met: Pass) -> Carry:

@@ -4,12 +4,14 @@ JAX 0.9 made `jax.make_mesh` default to explicit axes, under which `shard_map` r
 everything in jfed uses automatic axes and gets its meshes here.
 """
 
+import os
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jfed import _validate
 from jfed.core import Tree
 
 
@@ -36,6 +38,34 @@ def make(shape: Sequence[int] | None = None, names: Sequence[str] = ("clients",)
             "or on CPU set XLA_FLAGS=--xla_force_host_platform_device_count before JAX starts."
         )
     return jax.make_mesh(shape, tuple(names), axis_types=(AxisType.Auto,) * len(shape), devices=jax.devices()[:needed])
+
+
+def use_cores(count: int | None = None) -> None:
+    """Makes a device of every CPU core, for `make` to put in a mesh.
+
+    Without it all cores work together on one device, which splits each operation among them: small
+    ones then wait for each other. With `sharded(mesh.make(), lanes(1))` each core trains its own
+    clients. It does nothing to an accelerator, and must come before JAX has started.
+
+    Args:
+      count: devices; by default the cores this process may use.
+
+    Raises:
+      ValueError: if `count` is not a whole number of at least 1, or JAX has started with another number.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = usable if count is None else count
+    _validate.at_least_one("use_cores", "count", count, "leave it out to use every core")
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return  # the caller has chosen a number
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        if jax.devices("cpu") and len(jax.devices("cpu")) != count:
+            raise ValueError(
+                f"use_cores(count={count}): JAX has started with {len(jax.devices('cpu'))} CPU devices; call it "
+                "before anything makes an array."
+            ) from None
 
 
 def shard_map(*, mesh: Mesh, in_specs, out_specs) -> Callable[[Callable], Callable]:

@@ -17,13 +17,13 @@ import math
 import os
 import platform
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jfed import _machine
 from jfed._terminal import human_bytes, human_seconds, progress, table
 
 __all__ = [
@@ -221,12 +221,8 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _environment() -> dict[str, Any]:
     """What, besides the config, a result may depend on."""
-    try:
-        version = metadata.version("jfed")
-    except metadata.PackageNotFoundError:
-        version = "not installed"
     return {
-        "jfed": version,
+        "jfed": _machine.version(),
         "jax": jax.__version__,
         "python": platform.python_version(),
         "platform": jax.default_backend(),

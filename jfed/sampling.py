@@ -16,6 +16,8 @@ import numpy as np
 from jfed import _validate
 from jfed.core import Cohort, Population, make_cohort
 
+_MANY = 2**16  # clients; below, a permutation of all is quick
+
 Sampler = Callable[[Population, jax.Array, jax.Array], Cohort]
 Steps = Callable[[jax.Array], jax.Array]
 
@@ -31,7 +33,7 @@ def uniform(cohort_size: int, *, steps: Steps) -> Sampler:
 
     def sample(population: Population, key: jax.Array, t: jax.Array) -> Cohort:
         n = _clients_for("uniform", cohort_size, population)
-        ids = jax.random.choice(key, n, (cohort_size,), replace=False)
+        ids = _distinct(key, n, cohort_size)
         return make_cohort(population, ids, steps=steps)
 
     return sample
@@ -132,3 +134,25 @@ def _clients_for(where: str, wanted: int, population: Population, name: str = "c
     if wanted > n:
         raise ValueError(f"{where}({name}={wanted}): the population has {n} clients; ask for at most {n}.")
     return n
+
+
+def _distinct(key: jax.Array, n: int, count: int) -> jax.Array:
+    """`count` different numbers below `n`, every ordered choice equally likely: [count] int32."""
+
+    def by_permutation(key):
+        return jax.random.choice(key, n, (count,), replace=False).astype(jnp.int32)
+
+    if n < _MANY or n < 4 * count:
+        return by_permutation(key)
+    # Sorting a million clients would cost more than training a cohort of small ones. The first `count`
+    # different values among independent draws have the same distribution.
+    draw_key, rare_key = jax.random.split(key)
+    drawn = jax.random.randint(draw_key, (2 * count,), 0, n)
+    order = jnp.argsort(drawn, stable=True)
+    again = jnp.diff(drawn[order], prepend=-1) == 0
+    new = jnp.zeros(2 * count, bool).at[order].set(~again)
+    return jax.lax.cond(
+        jnp.sum(new) >= count,
+        lambda: drawn[jnp.nonzero(new, size=count)[0]],
+        lambda: by_permutation(rare_key),
+    )

@@ -13,21 +13,27 @@ import jax.numpy as jnp
 ROUNDS = 24  # no departure from uniform was seen from 16 on: orders of 2 to 5, places and neighbours of 50 and 600
 
 
-def position(key: jax.Array, index: jax.Array, size: jax.Array) -> jax.Array:
+def draw(key: jax.Array) -> jax.Array:
+    """The random words of one permutation for each size: [2, ROUNDS] uint32, pivots and salts."""
+    return jax.random.bits(key, (2, ROUNDS), jnp.uint32)
+
+
+def position(words: jax.Array, index: jax.Array, size: jax.Array, *, epoch: jax.Array | int = 0) -> jax.Array:
     """Where a random permutation of `size` elements sends `index`.
 
     Args:
-      key: a single key; it fixes the permutation for each `size`.
+      words: from `draw`; with `epoch` they fix the permutation for each `size`.
       index: int32, any shape, each in [0, size).
       size: [] int32, at least 1; may be traced.
+      epoch: [] int32; each epoch has a permutation of its own, without a new draw.
 
     Returns:
       int32 of the shape of `index`; over all indices every number in [0, size) occurs once.
 
-    >>> print(sorted(position(jax.random.key(0), jnp.arange(5), 5).tolist()))
+    >>> print(sorted(position(draw(jax.random.key(0)), jnp.arange(5), 5).tolist()))
     [0, 1, 2, 3, 4]
     """
-    pivots, salts = jax.random.bits(key, (2, ROUNDS), jnp.uint32)
+    pivots, salts = words ^ _mix(words * jnp.asarray(epoch, jnp.uint32))
     size = jnp.asarray(size, jnp.uint32)
     index = jnp.asarray(index, jnp.uint32)
     for r in range(ROUNDS):

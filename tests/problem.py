@@ -72,9 +72,10 @@ def numpy_sgd_client(params, i, key, *, learning_rate, batch_size, epochs):
     data = examples_of(i)
     w = {k: np.asarray(v, np.float64) for k, v in params.items()}
     order_key, _ = jax.random.split(jax.random.fold_in(key, i))
+    words = shuffle.draw(jax.random.fold_in(order_key, 0))
     n = int(SIZES[i])
     for epoch in range(epochs):
-        order = np.asarray(shuffle.position(jax.random.fold_in(order_key, epoch), jnp.arange(n), n))
+        order = np.asarray(shuffle.position(words, jnp.arange(n), n, epoch=epoch))
         for first in range(0, n, batch_size):
             rows = order[first : first + batch_size]
             g = numpy_gradient(w, data["x"][rows], data["y"][rows])

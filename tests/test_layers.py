@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 HOUSE = Path(__file__).parents[1] / "jfed"
-GROUND = {"core", "tree", "mesh", "shuffle", "_validate"}
+GROUND = {"core", "tree", "mesh", "shuffle", "_machine", "_validate"}
 FIRST = {"clients", "local", "sampling"}
-TOP = {"run", "experiment", "checkpoint", "report", "plot", "_leaves", "_terminal"}
+TOP = {"run", "experiment", "checkpoint", "report", "plot", "launch", "_leaves", "_terminal"}
 MAY_IMPORT = (
     {room: GROUND | {room} for room in GROUND | FIRST}
     | {"algorithms": GROUND | FIRST | {"algorithms"}}

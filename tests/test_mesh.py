@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,3 +40,25 @@ def test_replicating_puts_every_leaf_on_every_device_unchanged():
     np.testing.assert_array_equal(copied["a"], values["a"])
     assert int(copied["n"]) == 3
     np.testing.assert_array_equal(jax.random.key_data(copied["key"]), jax.random.key_data(values["key"]))
+
+
+def fresh(code, **env):
+    """What a new process prints, in which no CPU devices have been asked for."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"} | env
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+
+
+def test_each_core_becomes_a_device():
+    done = fresh("import jax; from jfed import mesh; mesh.use_cores(3); print(mesh.make().shape['clients'])")
+    assert done.stdout.strip() == "3", done.stderr
+
+
+def test_a_number_of_devices_that_the_caller_chose_stays():
+    flags = "--xla_force_host_platform_device_count=2"
+    done = fresh("import jax; from jfed import mesh; mesh.use_cores(3); print(jax.device_count())", XLA_FLAGS=flags)
+    assert done.stdout.strip() == "2", done.stderr
+
+
+def test_cores_are_refused_once_jax_has_started():
+    done = fresh("import jax; jax.devices(); from jfed import mesh; mesh.use_cores(3)")
+    assert "use_cores(count=3): JAX has started with 1 CPU devices; call it before" in done.stderr

@@ -69,6 +69,24 @@ def test_uniform_draws_different_clients_all_equally_often():
     assert stats.chisquare(often(cohorts)).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("n", [8, 11])
+def test_the_draw_for_many_clients_makes_every_ordered_choice_equally_likely(n, monkeypatch):
+    """With so few clients the first draws are often too few different ones, so both ways are taken."""
+    monkeypatch.setattr(sampling, "_MANY", 1)
+    pairs = np.asarray(jax.jit(jax.vmap(lambda key: sampling._distinct(key, n, 2)))(KEYS))
+    assert np.all(pairs[:, 0] != pairs[:, 1]) and pairs.min() == 0 and pairs.max() == n - 1
+    counts = np.bincount(pairs[:, 0] * n + pairs[:, 1], minlength=n * n).reshape(n, n)
+    assert stats.chisquare(counts[~np.eye(n, dtype=bool)]).pvalue > 1e-3
+
+
+def test_a_cohort_of_a_million_clients_is_drawn_without_sorting_them():
+    population = POPULATION._replace(start=jnp.zeros(10**6, jnp.int32), size=jnp.ones(10**6, jnp.int32))
+    sample = jax.jit(sampling.uniform(100, steps=steps))
+    ids = np.asarray(sample(population, KEYS[0], jnp.int32(0)).ids)
+    assert len(set(ids.tolist())) == 100 and ids.min() >= 0 and ids.max() < 10**6
+    assert stats.kstest(ids / 10**6, "uniform").pvalue > 1e-3
+
+
 def test_with_replacement_draws_independently():
     cohorts = draw(SAMPLERS["with_replacement"])
     assert stats.chisquare(often(cohorts)).pvalue > 1e-3

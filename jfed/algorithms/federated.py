@@ -155,8 +155,9 @@ def federated(
         before = (state.params, state.server, state.aggregator)
         after = (optax.apply_updates(state.params, updates), server_state, memory)
         after = tree.select(added["reports"] > 0, after, before)
-        # An empty slot's id is past the last row, so nothing is written for it.
-        memories = tree.put(state.clients, cohort.ids, kept["memory"])
+        # A client that is absent keeps its memory: nothing is written past the last row.
+        row = jnp.where((cohort.steps > 0) | (cohort.weight != 0), cohort.ids, jnp.iinfo(jnp.int32).max)
+        memories = tree.put(state.clients, row, kept["memory"])
         return FederatedState(*after, memories, state.round + 1), metrics_fn(shared, clients, added)
 
     def metrics_fn(shared: Shared, clients: Cohort, added: dict) -> dict:

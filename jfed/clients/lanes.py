@@ -6,106 +6,105 @@ work there is and memory the number of lanes.
 Letters: C clients in the cohort, L lanes.
 """
 
-from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jfed import _validate, tree
+from jfed.clients.width import choose, over_lanes
 from jfed.core import ClientMap, ClientWork, Cohort, Tree
 
 
-def lanes(width: int) -> ClientMap:
+def lanes(width: int | Literal["auto"]) -> ClientMap:
     """At most `width` clients at once; a lane that falls free takes the longest one waiting.
 
     Guarantees:
       * Memory holds `width` carries, one sum of `added`, and `kept`, whatever the cohort.
-      * `finish` and `start` run only in steps in which some lane is done (under an outer `vmap`
-        they run in every step, since a batched condition takes both branches).
-      * Clients without steps cost no local step.
+      * `finish` and `start` run for a quarter of the lanes at a time, and only as often as there are
+        lanes done: a heavy uplink costs by the client, not by the step (under an outer `vmap` whose
+        axis reaches the clients' steps, they run in every step).
+      * Clients without steps cost no local step, absent ones (no weight either) nothing at all.
 
     Reverse-mode differentiation through it is not defined; use `vectorised(max_steps=...)`.
 
     Args:
-      width: lanes, L. More keep an accelerator busier and need more memory; convolutions on CPU
-        are fastest with 1.
+      width: lanes, L. More keep an accelerator busier and need more memory; one is usually best on a
+        CPU, with a device for each core (`jfed.mesh.use_cores`). "auto" measures a few steps at a few
+        widths when a program is first compiled and takes the fastest that fits the memory; the choice
+        is remembered on this machine. `jfed.clients.explain` shows what each width costs.
 
     Raises:
-      ValueError: if `width` is not a whole number of at least 1.
+      ValueError: if `width` is neither "auto" nor a whole number of at least 1.
     """
-    _validate.at_least_one("lanes", "width", width, "a good start is 16")
+    if width != "auto":
+        _validate.at_least_one("lanes", "width", width, "a good start is 16, and 'auto' measures")
 
     def map_fn(work: ClientWork, shared: Tree, clients: Cohort) -> tuple[Tree, Tree]:
         count = clients.ids.shape[0]
-        lane_count = min(width, count)
-        queue = jnp.argsort(clients.steps, descending=True, stable=True)
-        working = jnp.sum(clients.steps > 0)  # these head the queue
-        start = _over_lanes(work.start, (None, 0), lane_count)
-        step = _over_lanes(work.step, (None, 0, 0, 0), lane_count)
-        finish = _over_lanes(work.finish, (None, 0, 0), lane_count)
+        lane_count = min(choose(work, shared, clients) if width == "auto" else width, count)
+        step = over_lanes(work.step, (None, 0, 0, 0), lane_count)
+        some = max(lane_count // 4, 1)  # lanes that turn over at once
+        start = over_lanes(work.start, (None, 0), some)
+        finish = over_lanes(work.finish, (None, 0, 0), some)
 
-        def client_at(place):
-            return tree.take(clients, queue[jnp.minimum(place, count - 1)])
+        # The queue: longest first; then those that only report; absent ones last, and never looked at.
+        present = clients.weight != 0
+        queue = jnp.argsort(jnp.where(clients.steps > 0, clients.steps, present - 1), descending=True, stable=True)
+        working, waiting = jnp.sum(clients.steps > 0), jnp.sum(present | (clients.steps > 0))
 
-        def settle(sums, place, done, carry):
-            """Adds the results of the lanes that are done."""
+        def row_at(place, end):
+            """The client at a place of the queue; `count`, nobody, from `end` on."""
+            return jnp.where(place < end, queue[jnp.minimum(place, count - 1)], count)
+
+        def settle(sums, row, client, carry):
+            """Adds the results of a few clients; a row of `count` is nobody."""
             kept, added = sums
-            client_kept, client_added = finish(shared, client_at(place), carry)
-            row = jnp.where(done, queue[jnp.minimum(place, count - 1)], count)
+            client_kept, client_added = finish(shared, client, carry)
             nothing = jax.tree.map(jnp.zeros_like, client_added)
-            client_added = tree.select(done, client_added, nothing)
+            client_added = tree.select(row < count, client_added, nothing)
             added = jax.tree.map(lambda s, a: s + jnp.sum(a, 0, dtype=a.dtype), added, client_added)
             return tree.put(kept, row, client_kept), added
 
+        def turn_over(loop):
+            """Settles some of the lanes that are done and gives them their next clients."""
+            lane_state, done, first, sums = loop
+            lane = jnp.nonzero(done, size=some, fill_value=lane_count)[0]
+            row, client, _, carry = lane_state if some == lane_count else tree.take(lane_state, lane)
+            sums = settle(sums, jnp.where(lane < lane_count, row, count), client, carry)
+            row = row_at(first + jnp.arange(some), working)
+            client = tree.take(clients, row)
+            fresh = row, client, jnp.zeros(some, jnp.int32), start(shared, client)
+            lane_state = fresh if some == lane_count else tree.put(lane_state, lane, fresh)
+            done = done.at[lane].set(False, mode="drop")
+            return lane_state, done, first + jnp.sum(lane < lane_count), sums
+
         def advance(loop):
-            place, t, carry, waiting, sums = loop
-            client = client_at(place)
+            (row, client, t, carry), first, sums = loop
             carry = step(shared, client, carry, t)
             t = t + 1
-            done = (place < working) & (t >= client.steps)
-            next_place = jnp.where(done, waiting + jnp.cumsum(done) - 1, place)
-
-            def turn_over(carry_and_sums):
-                carry, sums = carry_and_sums
-                sums = settle(sums, place, done, carry)
-                fresh = start(shared, client_at(next_place))
-                return tree.select(done, fresh, carry), sums
-
-            carry, sums = lax.cond(jnp.any(done), turn_over, lambda x: x, (carry, sums))
-            return next_place, jnp.where(done, 0, t), carry, waiting + jnp.sum(done), sums
+            done = (row < count) & (t >= client.steps)
+            lane_state, _, first, sums = lax.while_loop(
+                lambda loop: jnp.any(loop[1]), turn_over, ((row, client, t, carry), done, first, sums)
+            )
+            return lane_state, first, sums
 
         def settle_idle(loop):
             first, sums = loop
-            place = first + jnp.arange(lane_count)
-            carry = start(shared, client_at(place))
-            return first + lane_count, settle(sums, place, place < count, carry)
+            row = row_at(first + jnp.arange(some), waiting)
+            client = tree.take(clients, row)
+            return first + some, settle(sums, row, client, start(shared, client))
 
-        place = jnp.arange(lane_count)
-        carry = start(shared, client_at(place))
-        kept, added = jax.eval_shape(finish, shared, client_at(place), carry)
-        one = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), (kept, added))
-        sums = tree.zeros(one[0], (count,)), tree.zeros(one[1])
-        loop = place, jnp.zeros(lane_count, jnp.int32), carry, jnp.asarray(lane_count), sums
-        *_, sums = lax.while_loop(lambda loop: jnp.any(loop[0] < working), advance, loop)
+        row = row_at(jnp.arange(lane_count), working)
+        client = tree.take(clients, row)
+        carry = over_lanes(work.start, (None, 0), lane_count)(shared, client)
+        kept, added = jax.eval_shape(work.finish, shared, *tree.take((client, carry), 0))
+        sums = tree.zeros(kept, (count,)), tree.zeros(added)
+        loop = (row, client, jnp.zeros(lane_count, jnp.int32), carry), jnp.asarray(lane_count), sums
+        *_, sums = lax.while_loop(lambda loop: jnp.any(loop[0][0] < count), advance, loop)
         # Clients with no step to do: nothing to train, but the law counts them too.
-        _, sums = lax.while_loop(lambda loop: loop[0] < count, settle_idle, (working, sums))
+        _, sums = lax.while_loop(lambda loop: loop[0] < waiting, settle_idle, (working, sums))
         return sums
 
     return map_fn
-
-
-def _over_lanes(function: Callable, in_axes: tuple, width: int) -> Callable:
-    """`jax.vmap`, except that a single lane runs the function itself.
-
-    A batch axis of one still turns convolutions with a kernel per client into grouped ones, which
-    compilers run slowly.
-    """
-    if width > 1:
-        return jax.vmap(function, in_axes)
-
-    def single(*args):
-        args = [a if axis is None else jax.tree.map(lambda x: x[0], a) for a, axis in zip(args, in_axes, strict=True)]
-        return jax.tree.map(lambda x: jnp.asarray(x)[None], function(*args))
-
-    return single

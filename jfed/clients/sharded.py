@@ -17,9 +17,11 @@ from jfed.core import ClientMap, ClientWork, Cohort, Tree
 def sharded(mesh: Mesh, inner: ClientMap, *, axis: str = "clients") -> ClientMap:
     """Deals the clients to the devices along one mesh axis and sums what they add with one `psum`.
 
-    Clients are dealt longest first, back and forth over the devices, so that each device gets
-    nearly the same number of local steps. `shared` is the same on every device: a state or population
-    put there beforehand, with `jfed.mesh.replicate`, is not copied, nor a program compiled, again.
+    Longest first, each client goes to the device with the fewest local steps so far (Graham 1969), as
+    long as that has had no more than twice its share of clients: the busiest device does within 3 % of
+    the least possible where no single client is longer than a device's share. `shared` is the same on
+    every device: a state or population put there beforehand, with `jfed.mesh.replicate`, is not
+    copied, nor a program compiled, again.
 
     Args:
       mesh: from `jfed.mesh.make`; may span processes.
@@ -35,45 +37,48 @@ def sharded(mesh: Mesh, inner: ClientMap, *, axis: str = "clients") -> ClientMap
 
     def map_fn(work: ClientWork, shared: Tree, clients: Cohort) -> tuple[Tree, Tree]:
         count = clients.ids.shape[0]
-        rounds = -(-count // n)
-        # Row d of `deal` is the hand of device d; a place past the cohort is a slot left empty.
-        deal = jnp.arange(rounds * n).reshape(rounds, n)
-        deal = jnp.where(jnp.arange(rounds)[:, None] % 2 == 0, deal, deal[:, ::-1]).T.reshape(-1)
-        queue = jnp.argsort(clients.steps, descending=True, stable=True)
-        hand = queue[jnp.minimum(deal, count - 1)]
-        real = deal < count
+        slots = min(2 * -(-count // n), count)  # of a device
+        slot = deal(clients.steps, n, slots)
+        # A slot nobody was dealt is an absent client: no steps, no weight.
+        hand = jnp.full(n * slots, count, jnp.int32).at[slot].set(jnp.arange(count, dtype=jnp.int32))
         dealt = tree.take(clients, hand)
-        dealt = dealt._replace(steps=jnp.where(real, dealt.steps, 0), state=(dealt.state, real))
+        dealt = dealt._replace(
+            steps=jnp.where(hand < count, dealt.steps, 0), weight=jnp.where(hand < count, dealt.weight, 0.0)
+        )
 
         @meshes.shard_map(mesh=mesh, in_specs=(P(), P(axis)), out_specs=(P(axis), P()))
         def on_each_device(shared, dealt):
-            kept, added = inner(_only_real(work), shared, dealt)
+            kept, added = inner(work, shared, dealt)
             return kept, lax.psum(added, axis)
 
         kept, added = on_each_device(shared, dealt)
-        place = (
-            jnp.zeros(count, jnp.int32)
-            .at[jnp.where(real, hand, count)]
-            .set(jnp.arange(rounds * n, dtype=jnp.int32), mode="drop")
-        )
-        return tree.take(kept, place), added
+        return tree.take(kept, slot), added
 
     return map_fn
 
 
-def _only_real(work: ClientWork) -> ClientWork:
-    """`work` for clients whose state is `(state, real)`: one that is not real adds nothing."""
+def deal(steps: jax.Array, devices: int, slots: int) -> jax.Array:
+    """Deals clients to devices, each to the one with the fewest steps so far, longest first.
 
-    def plain(client: Cohort) -> Cohort:
-        return client._replace(state=client.state[0])
+    Args:
+      steps: [C] int32, local steps of each client.
+      devices: n, at least 1.
+      slots: clients a device may be dealt; `devices * slots` must be at least C.
 
-    def finish(shared, client, carry):
-        kept, added = work.finish(shared, plain(client), carry)
-        return kept, tree.select(client.state[1], added, jax.tree.map(jnp.zeros_like, added))
+    Returns:
+      [C] int32: the slot of each client, device d having the slots `d * slots + [0, slots)`.
 
-    return ClientWork(
-        steps=work.steps,
-        start=lambda shared, client: work.start(shared, plain(client)),
-        step=lambda shared, client, carry, t: work.step(shared, plain(client), carry, t),
-        finish=finish,
-    )
+    >>> print(deal(jnp.array([1, 9, 4, 4]), devices=2, slots=3))
+    [5 0 3 4]
+    """
+    queue = jnp.argsort(steps, descending=True, stable=True)
+
+    def give(hands, client_steps):
+        load, dealt = hands
+        device = jnp.argmin(jnp.where(dealt < slots, load, jnp.iinfo(jnp.int32).max))
+        slot = device * slots + dealt[device]
+        return (load.at[device].add(client_steps), dealt.at[device].add(1)), slot.astype(jnp.int32)
+
+    nothing = jnp.zeros(devices, jnp.int32)
+    _, slot = lax.scan(give, (nothing, nothing), steps[queue])
+    return jnp.zeros_like(slot).at[queue].set(slot)

@@ -43,7 +43,9 @@ def vectorised(*, max_steps: int | None = None) -> ClientMap:
             carry = lax.fori_loop(0, longest, advance, carry)
         else:
             carry, _ = lax.scan(lambda c, t: (advance(t, c), None), carry, jnp.arange(max_steps))
-        kept, added = jax.vmap(work.finish, (None, 0, 0))(shared, clients, carry)
+        results = jax.vmap(work.finish, (None, 0, 0))(shared, clients, carry)
+        present = (clients.steps > 0) | (clients.weight != 0)
+        kept, added = tree.select(present, results, jax.tree.map(jnp.zeros_like, results))
         return kept, jax.tree.map(lambda a: jnp.sum(a, 0, dtype=a.dtype), added)
 
     return map_fn

@@ -11,6 +11,7 @@ from typing import Any
 from jfed.data import partition, shift, skew
 from jfed.data._checks import check, check_labels
 from jfed.data.population import by_owner, client, from_clients, owner, population, split
+from jfed.data.source import Source, from_loader, memory_mapped, on_host, save_memory_mapped
 
 # The function `population` hides the module of that name; `from jfed.data.population import ...` still finds it.
 
@@ -34,14 +35,19 @@ _LAZY = {
 }
 
 __all__ = [
+    "Source",
     "by_owner",
     "check",
     "check_labels",
     "client",
     "from_clients",
+    "from_loader",
+    "memory_mapped",
+    "on_host",
     "owner",
     "partition",
     "population",
+    "save_memory_mapped",
     "shift",
     "skew",
     "split",

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jfed import _machine
 from jfed.data.cifar import CIFAR_10_FILES, CIFAR_100_FILES, read_cifar_10, read_cifar_100
 from jfed.data.readers import from_hugging_face, read_idx
 
@@ -59,7 +60,7 @@ def data_folders(*names: str) -> Iterator[Path]:
     if root := os.environ.get("JFED_DATA"):
         yield from (Path(root, name) for name in names)
         yield Path(root)
-    yield from (_cache() / name for name in names)
+    yield from (_machine.cache_folder() / name for name in names)
 
 
 def torchvision_folders(*names: str) -> Iterator[Path]:
@@ -82,7 +83,7 @@ def hugging_face_folder() -> Path:
 def target_folder(name: str) -> Path:
     """Where a fetched set is put: `$JFED_DATA/<name>`, or the cache."""
     root = os.environ.get("JFED_DATA")
-    return Path(root, name) if root else _cache() / name
+    return Path(root, name) if root else _machine.cache_folder() / name
 
 
 def read_idx_files(folder: Path, stems: Any, sha256: tuple[str, ...] | None) -> Raw | None:
@@ -155,7 +156,3 @@ def checked(raw: Raw, sha256: tuple[str, ...] | None = None, *, rows: tuple[int,
         if digest.hexdigest() != checksum:
             raise ValueError(f"{stem} is not the canonical file: its sha256 is {digest.hexdigest()}, not {checksum}")
     return raw
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jfed")

@@ -4,6 +4,7 @@ from jfed.models.conv import conv2d, max_pool
 from jfed.models.images import fedavg_cnn, lenet_gn, logistic_regression, two_nn
 from jfed.models.losses import cross_entropy, metrics, squared_error
 from jfed.models.model import Model, from_linen, from_nnx, from_pair
+from jfed.models.substitute import fast_convolutions
 from jfed.models.text import char_gru, char_lstm, transformer
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "char_lstm",
     "conv2d",
     "cross_entropy",
+    "fast_convolutions",
     "fedavg_cnn",
     "from_linen",
     "from_nnx",

@@ -1,15 +1,29 @@
-"""A convolution that trains fast inside compiled loops, and a max pool to go with it.
+"""A convolution that trains fast inside compiled loops and under `vmap` over clients, and a max pool to go with it.
 
-Inside `scan` and `while_loop`, XLA:CPU has a fast path for convolutions in NHWC/HWIO layout only, and
-the two that differentiation emits have other layouts: training then runs some 40 times slower. Here
-both gradients are written as explicit transposes around NHWC/HWIO convolutions. One kernel per client
-(`vmap` over kernels) would be a grouped convolution, slow again on CPU; there it becomes a loop over clients.
+A convolution and its two gradients are three bilinear maps, and the gradients of each are the other two:
 
-Letters: B images of height H, width W and I channels; kernels of h x w from I to O channels.
+    forward       y  = C(x, k)      gradients X(dy, k) and K(x, dy)
+    input         dx = X(dy, k)     gradients C(dx', k) and K(dx', dy)
+    weights       dk = K(x, dy)     gradients X(dy, k') and C(x, k')
+
+So three lowerings give derivatives of every order. Measured on one core of an x86 CPU (benchmarks/convolutions.py):
+
+  * CPU. `C` is XLA's convolution, and so is `X` at stride 1, both in NHWC/HWIO, the one layout it has a fast path for
+    inside `scan` and `while_loop` (those that differentiation emits run many times slower). `K` contracts over
+    all positions of all images; as a convolution that is fast only while there are few of them, so above
+    `_FEW_POSITIONS` it is h matrix products, one a kernel row. `X` at larger strides is one matrix product and
+    shifted sums: nothing is multiplied by the zeros between the strides. One kernel per client is a loop over clients.
+  * GPU and TPU, not measured: XLA's own gradients; with one kernel per client, patches and one batched matrix
+    product, because `vmap` would emit a grouped convolution, which cuDNN is reported to run slowly. It holds h w
+    copies of its input.
+
+Letters: B images of height H, width W and I channels, H' and W' after the convolution; kernels of h x w
+from I to O channels; strides s.
 """
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +33,40 @@ from jfed import _validate
 
 Padding = str | tuple[tuple[int, int], tuple[int, int]]
 
+_FEW_POSITIONS = 2048  # B H' W' up to which XLA:CPU runs `K` faster as a convolution
 
-def conv2d(x: jax.Array, kernel: jax.Array, *, padding: Padding = "SAME") -> jax.Array:
-    """Cross-correlation with stride 1, as `jax.lax.conv_general_dilated`.
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+class _Window(NamedTuple):
+    """All that shapes do not tell of a convolution; static."""
+
+    image: tuple[int, int]  # H, W
+    kernel: tuple[int, int]  # h, w
+    strides: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+
+    def each(self, f: Callable) -> tuple:
+        """`f(k, s, n, m, padding)` for rows and for columns; n before the convolution, m after it."""
+        return tuple(map(f, self.kernel, self.strides, self.image, self.out, self.padding))
+
+    @property
+    def out(self) -> tuple[int, int]:
+        """H', W'."""
+        sizes = zip(self.image, self.kernel, self.strides, self.padding, strict=True)
+        return tuple(max((n + sum(pad) - k) // s + 1, 0) for n, k, s, pad in sizes)
+
+    @property
+    def taps(self) -> list[tuple[int, int]]:
+        """Every (row, column) of the kernel."""
+        return [(i, j) for i in range(self.kernel[0]) for j in range(self.kernel[1])]
+
+
+def conv2d(
+    x: jax.Array, kernel: jax.Array, *, strides: int | tuple[int, int] = 1, padding: Padding = "SAME"
+) -> jax.Array:
+    """Cross-correlation, as `jax.lax.conv_general_dilated`.
 
     Equal to it in value and in derivatives of every order by reverse mode; works under `jit`, `scan`
     and `vmap`. Forward mode (`jvp`, `jacfwd`, `hessian`) raises a TypeError: write Hessian-vector products as
@@ -30,24 +75,33 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, padding: Padding = "SAME") -> jax
     Args:
       x: [B, H, W, I].
       kernel: [h, w, I, O], any size, odd or even.
-      padding: "SAME" (for even kernels the extra row is at the end), "VALID", or
+      strides: step of the window down and across; one number for both.
+      padding: "SAME" (`H' = ceil(H / s)`, an odd row of zeros at the end), "VALID", or
         `((top, bottom), (left, right))`.
 
     Returns:
-      [B, H', W', O] with `H' = H + top + bottom - h + 1`.
+      [B, H', W', O] with `H' = (H + top + bottom - h) // s + 1`.
 
     Raises:
-      ValueError: if shapes or padding do not fit.
+      ValueError: if shapes, strides or padding do not fit.
 
-    >>> conv2d(jnp.ones((2, 28, 28, 1)), jnp.ones((5, 5, 1, 32))).shape
-    (2, 28, 28, 32)
+    >>> conv2d(jnp.ones((2, 28, 28, 1)), jnp.ones((5, 5, 1, 32)), strides=2).shape
+    (2, 14, 14, 32)
     """
     if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2]:
         raise ValueError(
             f"conv2d(x of shape {x.shape}, kernel of shape {kernel.shape}): must be [B, H, W, I] and [h, w, I, O]; "
-            "add the channel axis with x[..., None]."
+            "add the channel axis with x[..., None]; grouped convolutions are lax.conv_general_dilated's."
         )
-    return _conv(x, kernel, _pairs(padding, kernel.shape[:2]))
+    if x.dtype != kernel.dtype:
+        raise ValueError(
+            f"conv2d(x of {x.dtype}, kernel of {kernel.dtype}): dtypes must be equal; write x.astype(kernel.dtype)."
+        )
+    steps = strides if isinstance(strides, tuple | list) and len(strides) == 2 else (strides, strides)
+    for step in steps:
+        _validate.at_least_one("conv2d", "strides", step, "write 2, or (2, 1) for down and across")
+    image, size, steps = x.shape[1:3], kernel.shape[:2], tuple(int(step) for step in steps)
+    return _forward(x, kernel, _Window(image, size, steps, _pairs(padding, image, size, steps)))
 
 
 def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
@@ -84,11 +138,12 @@ def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where((a >= b) | jnp.isnan(a), a, b)
 
 
-def _pairs(padding: Padding, kernel_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _pairs(padding: Padding, image: tuple, kernel: tuple, strides: tuple) -> tuple[tuple[int, int], tuple[int, int]]:
     if padding == "VALID":
         return ((0, 0), (0, 0))
     if padding == "SAME":
-        return tuple(((k - 1) // 2, k // 2) for k in kernel_size)
+        needed = [max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in zip(image, kernel, strides, strict=True)]
+        return tuple((pad // 2, pad - pad // 2) for pad in needed)
     try:
         (top, bottom), (left, right) = padding
         return (int(top), int(bottom)), (int(left), int(right))
@@ -99,55 +154,154 @@ def _pairs(padding: Padding, kernel_size: tuple[int, int]) -> tuple[tuple[int, i
         ) from None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv(x: jax.Array, kernel: jax.Array, padding: tuple) -> jax.Array:
-    return _primitive(padding)(x, kernel)
+# The three maps for one client, by convolution.
 
 
-def _conv_fwd(x: jax.Array, kernel: jax.Array, padding: tuple) -> tuple[jax.Array, tuple]:
-    return _conv(x, kernel, padding), (x, kernel)
+def _convolve(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, kernel, window.strides, window.padding, dimension_numbers=_LAYOUT)
 
 
-def _conv_bwd(padding: tuple, residuals: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Both gradients call `_conv` again, so that they have fast gradients themselves.
-    x, kernel = residuals
-    full = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape[:2], padding, strict=True))
-    dx = _conv(dy, jnp.transpose(kernel[::-1, ::-1], (0, 1, 3, 2)), full)
-    # Contract over images: channels I play the batch, B the channels, dy [H', W', B, O] the kernel.
-    dk = _conv(jnp.transpose(x, (3, 1, 2, 0)), jnp.transpose(dy, (1, 2, 0, 3)), padding)
-    return dx, jnp.transpose(dk, (1, 2, 0, 3))
+def _input_convolution(dy: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
+    def around(k: int, s: int, n: int, m: int, pad: tuple[int, int]) -> tuple[int, int]:
+        return k - 1 - pad[0], n + pad[0] - 1 - (m - 1) * s
+
+    turned = jnp.transpose(kernel[::-1, ::-1], (0, 1, 3, 2))
+    return jax.lax.conv_general_dilated(
+        dy, turned, (1, 1), window.each(around), lhs_dilation=window.strides, dimension_numbers=_LAYOUT
+    )
 
 
-_conv.defvjp(_conv_fwd, _conv_bwd)
+def _weights_convolution(x: jax.Array, dy: jax.Array, window: _Window) -> jax.Array:
+    def around(k: int, s: int, n: int, m: int, pad: tuple[int, int]) -> tuple[int, int]:
+        return pad[0], k + (m - 1) * s - n - pad[0]
+
+    # Channels I play the batch, B the channels, dy the kernel.
+    layout = ("CHWN", "IHWO", "HWNC")
+    return jax.lax.conv_general_dilated(
+        x, dy, (1, 1), window.each(around), rhs_dilation=window.strides, dimension_numbers=layout
+    )
 
 
-@functools.cache
-def _primitive(padding: tuple) -> Callable:
-    """The forward convolution with its own rule for `vmap`; one function a padding, so that jit caches hit."""
+def _cpu_input(dy: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
+    return (_input_convolution if window.strides == (1, 1) else _matmul_input)(dy, kernel, window)
 
-    def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    conv = custom_vmap(direct)
+def _cpu_weights(x: jax.Array, dy: jax.Array, window: _Window) -> jax.Array:
+    if window.strides == (1, 1) and dy.shape[0] * dy.shape[1] * dy.shape[2] <= _FEW_POSITIONS:
+        # As `_weights_convolution`, in the layout that is fast.
+        dk = _convolve(jnp.transpose(x, (3, 1, 2, 0)), jnp.transpose(dy, (1, 2, 0, 3)), window)
+        return jnp.transpose(dk, (1, 2, 0, 3))
+    # Channels first and rows next, so that the shifts copy whole rows and the products run along them.
+    x = jnp.transpose(_padded(x, window), (3, 1, 0, 2))  # [I, H + top + bottom, B, W + left + right]
+    (down, across), (high, wide) = window.strides, window.out
+    columns = [x[..., j : j + (wide - 1) * across + 1 : across] for j in range(window.kernel[1])]
+    columns = jnp.concatenate(columns)  # [w I, ..., B, W']
+    dy = jnp.transpose(dy, (1, 0, 2, 3)).reshape(-1, dy.shape[3])
+    rows = [columns[:, i : i + (high - 1) * down + 1 : down] for i in range(window.kernel[0])]
+    rows = [row.reshape(columns.shape[0], -1) @ dy for row in rows]
+    return jnp.stack(rows).reshape(*window.kernel, x.shape[0], -1)
 
-    @conv.def_vmap
-    def rule(axis_size: int, in_batched: list[bool], x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, bool]:
-        x_batched, kernel_batched = in_batched
-        if not kernel_batched:  # clients are just more images
-            y = conv(x.reshape(-1, *x.shape[2:]), kernel)
-            return y.reshape(axis_size, -1, *y.shape[1:]), True
-        x_axis = 0 if x_batched else None
-        if axis_size == 1:
-            return conv(x[0] if x_batched else x, kernel[0])[None], True
 
-        def one_by_one(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            if x_batched:
-                return jax.lax.map(lambda pair: conv(*pair), (x, kernel))
-            return jax.lax.map(lambda k: conv(x, k), kernel)
+# The same by matrix products, which `vmap` turns into batched ones.
 
-        def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return jax.vmap(direct, (x_axis, 0))(x, kernel)
 
-        return jax.lax.platform_dependent(x, kernel, cpu=one_by_one, default=grouped), True
+def _padded(x: jax.Array, window: _Window) -> jax.Array:
+    (top, bottom), (left, right) = window.padding
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (top, bottom, 0), (left, right, 0), (0, 0, 0)))
 
-    return conv
+
+def _patches(x: jax.Array, window: _Window) -> jax.Array:
+    """[B, H, W, I] -> [B, H', W', h w I]."""
+    x, (down, across), (high, wide) = _padded(x, window), window.strides, window.out
+    seen = [
+        x[:, i : i + (high - 1) * down + 1 : down, j : j + (wide - 1) * across + 1 : across] for i, j in window.taps
+    ]
+    return jnp.concatenate(seen, axis=3)
+
+
+def _matmul_forward(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
+    return _patches(x, window) @ kernel.reshape(-1, kernel.shape[3])
+
+
+def _matmul_input(dy: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
+    b, high, wide, _ = dy.shape
+    shares = (dy @ kernel.reshape(-1, kernel.shape[3]).T).reshape(b, high, wide, *kernel.shape[:3])
+
+    def placed(*tap: int) -> jax.Array:
+        sizes = zip(tap, window.strides, window.image, window.out, window.padding, strict=True)
+        edges = [(t - low, n - (t - low) - (m - 1) * s - 1, s - 1) for t, s, n, m, (low, _) in sizes]
+        share = shares[:, :, :, tap[0], tap[1]]
+        return jax.lax.pad(share, jnp.zeros((), dy.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+
+    return sum(placed(i, j) for i, j in window.taps)
+
+
+def _matmul_weights(x: jax.Array, dy: jax.Array, window: _Window) -> jax.Array:
+    patches = _patches(x, window)
+    dk = jnp.tensordot(patches, dy, ((0, 1, 2), (0, 1, 2)))
+    return dk.reshape(*window.kernel, x.shape[3], -1)
+
+
+# The three maps with their rules for `vmap`, then for `grad`.
+
+
+def _lowered(cpu: Callable, elsewhere: Callable, many: Callable, shared: bool) -> Callable:
+    """A bilinear map `(a, b, window)`; `shared`: with one `b` for all clients, theirs are just more images."""
+
+    @functools.cache  # one function a window, so that jit caches hit
+    def at(window: _Window) -> Callable:
+        @custom_vmap
+        def one(a: jax.Array, b: jax.Array) -> jax.Array:
+            def lowering(f: Callable) -> Callable:
+                return lambda a, b: f(a, b, window)
+
+            return jax.lax.platform_dependent(a, b, cpu=lowering(cpu), default=lowering(elsewhere))
+
+        @one.def_vmap
+        def rule(clients: int, batched: list[bool], a: jax.Array, b: jax.Array) -> tuple[jax.Array, bool]:
+            if shared and not batched[1]:
+                y = one(a.reshape(-1, *a.shape[2:]), b)
+                return y.reshape(clients, -1, *y.shape[1:]), True
+            axes = tuple(0 if b else None for b in batched)
+            if clients == 1:
+                return one(*(arg if axis is None else arg[0] for arg, axis in zip((a, b), axes, strict=True)))[
+                    None
+                ], True
+
+            def one_by_one(a: jax.Array, b: jax.Array) -> jax.Array:
+                if all(batched):
+                    return jax.lax.map(lambda pair: one(*pair), (a, b))
+                return jax.lax.map(lambda a: one(a, b), a) if batched[0] else jax.lax.map(lambda b: one(a, b), b)
+
+            def at_once(a: jax.Array, b: jax.Array) -> jax.Array:
+                return jax.vmap(lambda a, b: many(a, b, window), axes)(a, b)
+
+            return jax.lax.platform_dependent(a, b, cpu=one_by_one, default=at_once), True
+
+        return one
+
+    return lambda a, b, window: at(window)(a, b)
+
+
+def _bilinear(lowered: Callable) -> jax.custom_vjp:
+    f = jax.custom_vjp(lowered, nondiff_argnums=(2,))
+    f.__name__ = lowered.__name__
+    return f
+
+
+_forward = _bilinear(_lowered(_convolve, _convolve, _matmul_forward, shared=True))
+_input = _bilinear(_lowered(_cpu_input, _input_convolution, _matmul_input, shared=True))
+_weights = _bilinear(_lowered(_cpu_weights, _weights_convolution, _matmul_weights, shared=False))
+
+
+def _differentiate(f: jax.custom_vjp, by_first: Callable, by_second: Callable) -> None:
+    """Sets the gradients `by_first(a, b, cotangent)` and `by_second` of a bilinear map `f(a, b)`."""
+    f.defvjp(
+        lambda a, b, window: (f(a, b, window), (a, b)),
+        lambda window, ab, out: (by_first(*ab, out, window), by_second(*ab, out, window)),
+    )
+
+
+_differentiate(_forward, lambda x, k, dy, w: _input(dy, k, w), lambda x, k, dy, w: _weights(x, dy, w))
+_differentiate(_input, lambda dy, k, dx, w: _forward(dx, k, w), lambda dy, k, dx, w: _weights(dx, dy, w))
+_differentiate(_weights, lambda x, dy, dk, w: _input(dy, dk, w), lambda x, dy, dk, w: _forward(x, dk, w))

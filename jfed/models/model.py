@@ -10,6 +10,7 @@ Any library that can be written so joins by one adapter: flax NNX (`from_nnx`), 
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jfed.core import Tree
+from jfed.models.substitute import slow_convolutions
 
 
 class Model(NamedTuple):
@@ -69,6 +71,9 @@ def from_nnx(make: Callable[[Any], Any]) -> Model:
       ValueError: from `init` or `apply`, if the module keeps state that is neither `nnx.Param` nor a
         random stream, such as BatchNorm's running statistics.
 
+    Warns:
+      UserWarning: once, from `init` or `apply`, if the module has an `nnx.Conv` that `fast_convolutions` speeds up.
+
     >>> from flax import nnx
     >>> model = from_nnx(lambda rngs: nnx.Linear(3, 2, rngs=rngs))
     >>> params = model.init(jax.random.key(0))
@@ -86,7 +91,14 @@ def from_nnx(make: Callable[[Any], Any]) -> Model:
     def structure() -> tuple[Any, tuple]:
         from flax import nnx
 
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(jax.random.key(0)))))
+        module = nnx.eval_shape(lambda: make(nnx.Rngs(jax.random.key(0))))
+        if slow := slow_convolutions(module):
+            warnings.warn(
+                f"from_nnx: {', '.join(slow)} run XLA's convolution, slow to train inside a compiled loop and with one "
+                "kernel per client; write from_nnx(lambda rngs: models.fast_convolutions(MyModule(rngs=rngs))).",
+                stacklevel=3,
+            )
+        graphdef, state = nnx.split(module)
         leaves = tuple(nnx.to_flat_state(state))
         for path, leaf in leaves:
             _refuse_other_state(nnx, path, leaf)

@@ -19,18 +19,20 @@ class Conv(nnx.Module):
         out_features: int,
         kernel_size: int | tuple[int, int],
         *,
+        strides: int | tuple[int, int] = 1,
         padding: conv.Padding = "SAME",
         rngs: nnx.Rngs,
     ):
         """Makes `kernel` [h, w, in, out] (LeCun normal) and `bias` [out] (zero)."""
         sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        self.padding = padding
+        self.strides, self.padding = strides, padding
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (*sides, in_features, out_features)))
         self.bias = nnx.Param(jnp.zeros(out_features))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, in] -> [B, H', W', out]."""
-        return conv.conv2d(x, self.kernel[...], padding=self.padding) + self.bias[...].reshape(1, 1, 1, -1)
+        y = conv.conv2d(x, self.kernel[...], strides=self.strides, padding=self.padding)
+        return y + self.bias[...].reshape(1, 1, 1, -1)
 
 
 class MLP(nnx.Module):

@@ -6,19 +6,19 @@ state and `t` alone, with the same result.
 Letters: T rounds, C clients in a cohort, N clients in the population, E examples.
 """
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import io_callback
 
 from jfed import _validate
 from jfed.core import Algorithm, Population, Tree
+from jfed.run.evaluation import Metrics, evaluate
 from jfed.sampling import Sampler
 
 
-@functools.partial(jax.jit, static_argnames=("algorithm", "sampler", "rounds"))
 def scan_rounds(
     algorithm: Algorithm,
     sampler: Sampler,
@@ -28,8 +28,13 @@ def scan_rounds(
     *,
     rounds: int,
     start: int | jax.Array = 0,
+    every: int | None = None,
+    judge: Metrics | None = None,
+    examples: Tree = (),
+    report: Callable[[int, dict], None] | None = None,
+    donate: bool = False,
 ) -> tuple[Tree, dict]:
-    """Runs `rounds` rounds as one program, with sampling and data on the device.
+    """Runs `rounds` rounds as one program, with sampling, data and judging on the device.
 
     It is compiled once for each algorithm, sampler, number of rounds and shape of the population,
     and can be vmapped over keys, states or anything an algorithm was built from.
@@ -42,20 +47,54 @@ def scan_rounds(
       key: the run's key, the same for all its parts.
       rounds: T, how many to run.
       start: rounds run before, on the same key.
+      every: rounds between judgements and reports, a divisor of T; by default T.
+      judge: `(params, batch) -> {name: (total [B], count [B])}`, see `jfed.models.metrics`; applied to
+        `examples` as `evaluate` does.
+      examples: leaves [E, ...], what the model is judged on.
+      report: `(rounds completed, {name: number}) -> None`, called on the host every so many rounds
+        with the judgement and the last round's metrics, while the program runs on.
+      donate: let the result take the place of `state` in memory; the one passed in is then gone.
 
     Returns:
-      `(state, metrics)`; each metric of the algorithm's rounds with a leading axis [T].
+      `(state, metrics)`; each metric of the algorithm's rounds with a leading axis [T], and with a judge
+      its means under `"judged"`, leaves [T / every].
 
     Raises:
-      ValueError: if `rounds` is not a whole number of at least 1.
+      ValueError: if `rounds` or `every` is not a whole number of at least 1, `every` does not divide
+        `rounds`, or there is a judge and nothing to judge on.
     """
     _validate.at_least_one("scan_rounds", "rounds", rounds, "a run without rounds is its own state")
+    every = rounds if every is None else every
+    _validate.at_least_one("scan_rounds", "every", every, "leave it out to judge and report at the end")
+    if rounds % every:
+        raise ValueError(f"scan_rounds(rounds={rounds}, every={every}): every must divide rounds; choose another.")
+    if judge is not None and not jax.tree.leaves(examples):
+        raise ValueError("scan_rounds(judge=..., examples=()): there is nothing to judge on; give examples.")
+    program = _scan_in_place if donate else _scan
+    return program(algorithm, sampler, judge, report, rounds, every, population, state, key, start, examples)
 
+
+def _scan_rounds(algorithm, sampler, judge, report, rounds, every, population, state, key, start, examples):
     def one_round(state, t):
         sample_key, round_key = jax.random.split(jax.random.fold_in(key, t))
         return algorithm.round(state, sampler(population, sample_key, t), round_key)
 
-    return jax.lax.scan(one_round, state, start + jnp.arange(rounds))
+    def stretch(state, first):
+        state, metrics = jax.lax.scan(one_round, state, first + jnp.arange(every))
+        judged = {} if judge is None else evaluate(judge, algorithm.params(state), examples)
+        if report is not None:
+            last = jax.tree.map(lambda m: m[-1], metrics)
+            io_callback(lambda t, row: report(int(t), row), None, first + every, last | judged, ordered=True)
+        return state, (metrics, judged)
+
+    state, (metrics, judged) = jax.lax.scan(stretch, state, start + jnp.arange(0, rounds, every))
+    metrics = jax.tree.map(lambda m: m.reshape(rounds, *m.shape[2:]), metrics)
+    return state, metrics if judge is None else metrics | {"judged": judged}
+
+
+_STATIC = ("algorithm", "sampler", "judge", "report", "rounds", "every")
+_scan = jax.jit(_scan_rounds, static_argnames=_STATIC)
+_scan_in_place = jax.jit(_scan_rounds, static_argnames=_STATIC, donate_argnames=("state",))
 
 
 class Moment(NamedTuple):
@@ -76,6 +115,7 @@ def iterate(
     rounds: int,
     start: int = 0,
     every: int = 1,
+    donate: bool = False,
 ) -> Iterator[Moment]:
     """Yields after every `every` rounds; what happens in between is yours.
 
@@ -88,6 +128,8 @@ def iterate(
       rounds: T, the length of the whole run.
       start: rounds run before, on the same key; those are not run again.
       every: rounds in one compiled program; a last, shorter stretch is compiled separately.
+      donate: let each state take the place of the one before in memory: the state passed in, and that of
+        an earlier moment, are then gone.
 
     Returns:
       An iterator of a `Moment` after each stretch.
@@ -105,7 +147,9 @@ def iterate(
         done, now = start, state
         while done < rounds:
             stretch = min(every - done % every, rounds - done)
-            now, metrics = scan_rounds(algorithm, sampler, population, now, key, rounds=stretch, start=done)
+            now, metrics = scan_rounds(
+                algorithm, sampler, population, now, key, rounds=stretch, start=done, donate=donate
+            )
             done += stretch
             yield Moment(done, now, metrics)
 

@@ -10,6 +10,7 @@ from jfed import local, run, sampling, tree
 from jfed.algorithms import fedavg, fedavgm
 from jfed.clients import lanes, vectorised
 from jfed.core import Algorithm, Population
+from jfed.run import rounds
 
 KEY = jax.random.key(2)
 WORK = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4)
@@ -79,45 +80,69 @@ def test_learning_rates_run_side_by_side_as_they_run_alone():
         problem.close(tree.take(together, i), whole_run(float(rate)))
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64, 256])
-def test_evaluate_is_the_exact_mean_whatever_the_batches(batch_size):
-    result = run.evaluate(problem.metrics, PARAMS, POPULATION.examples, batch_size=batch_size)
-    loss = problem.loss(PARAMS, POPULATION.examples, None)
-    np.testing.assert_allclose(result["loss"], loss.mean(), rtol=1e-5)
+def judged(rounds, every, **options):
+    return run.scan_rounds(
+        METHOD,
+        SAMPLER,
+        POPULATION,
+        METHOD.init(PARAMS),
+        KEY,
+        rounds=rounds,
+        every=every,
+        judge=problem.metrics,
+        examples=POPULATION.examples,
+        **options,
+    )
 
 
-def test_evaluate_weighs_examples_by_what_they_count():
-    def metrics(params, batch):
-        return {"score": (batch["x"][:, 0] * batch["y"], batch["y"].astype(jnp.float32))}
-
-    x, y = POPULATION.examples["x"][:, 0], POPULATION.examples["y"]
-    result = run.evaluate(metrics, PARAMS, POPULATION.examples, batch_size=7)
-    np.testing.assert_allclose(result["score"], (x * y).sum() / y.sum(), rtol=1e-4)
-
-
-@pytest.mark.parametrize("client_map", [lanes(1), lanes(5), vectorised()], ids=["lanes(1)", "lanes(5)", "vectorised"])
-def test_evaluate_clients_judges_each_on_its_own_examples(client_map):
-    result = run.evaluate_clients(problem.metrics, PARAMS, POPULATION, batch_size=4, client_map=client_map)
-    for i in range(12):
-        data = {k: jnp.asarray(v) for k, v in problem.examples_of(i).items()}
-        np.testing.assert_allclose(result["loss"][i], problem.loss(PARAMS, data, None).mean(), rtol=1e-5)
+def test_a_run_judges_itself_on_the_way_as_evaluate_does():
+    state, metrics = judged(6, 2)
+    problem.close((state, metrics["loss"]), (scan(6)[0], scan(6)[1]["loss"]))
+    for i, done in enumerate((2, 4, 6)):
+        expected = run.evaluate(problem.metrics, scan(done)[0].params, POPULATION.examples)
+        problem.close(tree.take(metrics["judged"], i), expected)
 
 
-def test_a_client_without_examples_scores_nan_and_harms_nobody():
-    hollow = POPULATION._replace(size=POPULATION.size.at[3].set(0))
-    result = run.evaluate_clients(problem.metrics, PARAMS, hollow)["accuracy"]
-    whole = run.evaluate_clients(problem.metrics, PARAMS, POPULATION)["accuracy"]
-    assert np.isnan(result[3])
-    np.testing.assert_array_equal(np.delete(result, 3), np.delete(whole, 3))
+def test_a_run_reports_on_the_way_without_leaving_its_program():
+    told = []
+    state, metrics = judged(6, 3, report=lambda t, row: told.append((t, row)), start=2)
+    jax.block_until_ready(state)
+    jax.effects_barrier()
+    assert [t for t, _ in told] == [5, 8]
+    problem.close([row["accuracy"] for _, row in told], metrics["judged"]["accuracy"])
+    problem.close([row["steps"] for _, row in told], metrics["steps"][jnp.array([2, 5])])
+
+
+def test_a_donated_state_gives_the_same_run_and_is_gone():
+    state = METHOD.init(jax.tree.map(jnp.array, PARAMS))
+    donated, _ = run.scan_rounds(METHOD, SAMPLER, POPULATION, state, KEY, rounds=4, donate=True)
+    problem.close(donated, scan(4)[0])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    fresh = METHOD.init(jax.tree.map(jnp.array, PARAMS))
+    *_, last = run.iterate(METHOD, SAMPLER, POPULATION, fresh, KEY, rounds=4, every=2, donate=True)
+    problem.close(last.state, scan(4)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 4}, r"scan_rounds\(rounds=6, every=4\): every must divide rounds"),
+        ({"every": 0}, r"scan_rounds\(every=0\)"),
+        ({"judge": problem.metrics}, r"there is nothing to judge on; give examples"),
+    ],
+)
+def test_a_run_that_cannot_be_judged_as_asked_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run.scan_rounds(METHOD, SAMPLER, POPULATION, None, KEY, rounds=6, **options)
 
 
 def test_growing_a_population_needs_no_new_program_of_another_algorithm():
     """Sizes and starts are data: clients may come to own other rows between two runs."""
     half = Population(POPULATION.examples, POPULATION.start, jnp.asarray(np.maximum(SIZES // 2, 1)))
-    before = run.scan_rounds._cache_size()
+    before = rounds._scan._cache_size()
     for population in (POPULATION, half):
         run.scan_rounds(METHOD, SAMPLER, population, METHOD.init(PARAMS), KEY, rounds=9)
-    assert run.scan_rounds._cache_size() == before + 1
+    assert rounds._scan._cache_size() == before + 1
 
 
 def test_iterate_refuses_a_start_outside_its_rounds_at_once():

@@ -1,0 +1,150 @@
+"""Rounds a second and peak memory against population, cohort, lanes, model size and devices.
+
+Claims: time per client of 10,000 a round from a population of 1,000,000 is within 20 % of that from
+10,000; peak memory at 16 lanes does not depend on the cohort; on more devices the same model is
+trained.
+
+Each cell runs in a process of its own, whose highest resident memory is told; one thing is varied at a
+time from the middle: 10,000 clients of about 4 examples, log-normal, cohort 1000, logistic
+regression of 20 features, 16 lanes, one device. Virtual CPU devices beyond the number of cores share them.
+
+Command: python benchmarks/scaling.py
+"""
+
+import dataclasses
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from jfed import algorithms, clients, data, local, mesh, models, report, run, sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One measurement."""
+
+    population: int = 10_000
+    cohort: int = 1000
+    width: int = 16
+    hidden: int = 0  # units of two hidden layers; 0 is logistic regression
+    devices: int = 1
+    rounds: int = 5
+
+
+VARIED = {
+    "population": (1000, 10_000, 100_000, 1_000_000),
+    "cohort": (10, 100, 1000, 10_000),
+    "width": (1, 4, 16, 64, 256),
+    "hidden": (0, 64, 256, 1024),
+    "devices": (1, 2, 4, 8),
+}
+LARGE = [Cell(population=n, cohort=10_000, rounds=3) for n in (10_000, 1_000_000)]
+FEATURES = 20
+
+
+def model_of(hidden: int) -> models.Model:
+    """Logistic regression, or an MLP with two hidden layers."""
+    if not hidden:
+        return models.logistic_regression(FEATURES, 10)
+    sizes = (FEATURES, hidden, hidden, 10)
+
+    def init(key):
+        keys = jax.random.split(key, 3)
+        return [jax.random.normal(k, (a, b)) / np.sqrt(a) for k, a, b in zip(keys, sizes, sizes[1:], strict=False)]
+
+    def apply(params, x):
+        for w in params[:-1]:
+            x = jax.nn.relu(x @ w)
+        return x @ params[-1]
+
+    return models.from_pair(init, apply)
+
+
+def measure(cell: Cell) -> dict:
+    """Seconds a round (best and median), peak memory, and a number that tells whether the model is the same."""
+    mesh.use_cores(cell.devices)
+    rng = np.random.default_rng(0)
+    size = np.clip(rng.lognormal(np.log(4) - 0.5, 1.0, cell.population), 1, 100).astype(int)
+    rows = int(size.sum())
+    x = rng.standard_normal((rows, FEATURES), np.float32)
+    y = np.argmax(x @ rng.standard_normal((FEATURES, 10), np.float32), 1).astype(np.int32)
+    population, model = data.population({"x": x, "y": y}, size), model_of(cell.hidden)
+    work = local.sgd(models.cross_entropy(model), optax.sgd(0.05), batch_size=4)
+    client_map, place = clients.lanes(cell.width), lambda tree: tree
+    if cell.devices > 1:
+        devices = mesh.make()
+        client_map, place = clients.sharded(devices, client_map), lambda tree: mesh.replicate(tree, devices)
+    method = algorithms.fedavg(work, client_map=client_map)
+    sampler = sampling.uniform(cell.cohort, steps=work.steps)
+    population, state, key = place((population, method.init(model.init(jax.random.key(0))), jax.random.key(1)))
+    seconds, losses = [], []
+    for t in range(cell.rounds + 1):
+        began = time.perf_counter()
+        state, metrics = run.scan_rounds(method, sampler, population, state, key, rounds=1, start=jnp.int32(t))
+        losses.append(float(metrics["loss"][0]))
+        seconds.append(time.perf_counter() - began)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "first": seconds[0],
+        "best": min(seconds[1:]),
+        "median": statistics.median(seconds[1:]),
+        "peak": peak * (1 if sys.platform == "darwin" else 1024),
+        "loss": losses[-1],
+    }
+
+
+def in_a_process(cell: Cell) -> dict:
+    """`measure` in a process of its own, as a row of the table."""
+    output = subprocess.run(
+        [sys.executable, __file__, "--cell", json.dumps(dataclasses.asdict(cell))],
+        capture_output=True,
+        text=True,
+    )
+    if output.returncode:
+        sys.exit(output.stderr)
+    found = json.loads(output.stdout.splitlines()[-1])
+    return {name: getattr(cell, name) for name in VARIED} | {
+        "first round": report.human_seconds(found["first"]),
+        "rounds/s": 1 / found["median"],
+        "best us a client": 1e6 * found["best"] / cell.cohort,
+        "median us a client": 1e6 * found["median"] / cell.cohort,
+        "peak memory": report.human_bytes(found["peak"]),
+        "last loss": f"{found['loss']:.5f}",
+    }
+
+
+def main(cell: str | None = None, smoke: bool = False) -> None:
+    """Prints a table for each thing varied.
+
+    Args:
+      cell: one measurement as JSON, for the process that makes it.
+      smoke: a small part, to see that it works.
+    """
+    if cell is not None:
+        print(json.dumps(measure(Cell(**json.loads(cell)))))
+        return
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
+    if smoke:
+        print(report.table("devices", [in_a_process(Cell(1000, 100, 4, devices=d, rounds=1)) for d in (1, 2)]))
+        return
+    for name, values in VARIED.items():
+        with report.progress(len(values), name, unit="cells") as advance:
+            rows = []
+            for value in values:
+                rows.append(in_a_process(dataclasses.replace(Cell(), **{name: value})))
+                advance()
+        print(report.table(f"Varied: {name}", rows), "\n")
+    print(report.table("10,000 clients a round", [in_a_process(cell) for cell in LARGE]))
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
