@@ -70,9 +70,8 @@ def sgd(loss: Loss, optimizer: optax.GradientTransformation, *, batch_size: int,
     _validate.at_least_one("sgd", "epochs", epochs, "a straggler does less by its cohort's `steps`")
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def keys_of(shared: Shared, client: Cohort) -> tuple[jax.Array, jax.Array]:
-        order_key, loss_key = jax.random.split(jax.random.fold_in(shared.key, client.ids))
-        return jax.random.fold_in(order_key, 0), loss_key
+    def keys_of(shared: Shared, client: Cohort) -> jax.Array:
+        return jax.random.split(jax.random.fold_in(shared.key, client.ids))
 
     def start_fn(shared: Shared, client: Cohort) -> Carry:
         # Drawn once a client: drawing in every step would cost a small model more than its training.
@@ -84,8 +83,8 @@ def sgd(loss: Loss, optimizer: optax.GradientTransformation, *, batch_size: int,
         row = client.start + shuffle.position(carry.order, place, client.size, epoch=t // batches)
         batch = tree.take(shared.examples, row)
 
-        _, loss_key = keys_of(shared, client)
-        met = _sums(loss, carry.params, batch, real, jax.random.fold_in(loss_key, t))
+        loss_key = jax.random.fold_in(keys_of(shared, client)[1], t)
+        met = _sums(loss, carry.params, batch, real, loss_key)
         carry = carry._replace(loss=carry.loss + met.loss, examples=carry.examples + met.examples)
         return _descend(optimizer, shared, carry, met)
 

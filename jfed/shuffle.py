@@ -33,11 +33,13 @@ def position(words: jax.Array, index: jax.Array, size: jax.Array, *, epoch: jax.
     >>> print(sorted(position(draw(jax.random.key(0)), jnp.arange(5), 5).tolist()))
     [0, 1, 2, 3, 4]
     """
-    pivots, salts = words ^ _mix(words * jnp.asarray(epoch, jnp.uint32))
     size = jnp.asarray(size, jnp.uint32)
     index = jnp.asarray(index, jnp.uint32)
+    pivots, salts = words ^ _mix(words * jnp.asarray(epoch, jnp.uint32))
+    # Without the barrier XLA makes a kernel of every single remainder.
+    pivots, salts = jax.lax.optimization_barrier((pivots % size, salts))
     for r in range(ROUNDS):
-        partner = pivots[r] % size + size - index
+        partner = pivots[r] + size - index
         partner = jnp.where(partner >= size, partner - size, partner)
         swap = _mix(jnp.maximum(index, partner) ^ salts[r]) >> 31
         index = jnp.where(swap == 1, partner, index)

@@ -72,7 +72,7 @@ def numpy_sgd_client(params, i, key, *, learning_rate, batch_size, epochs):
     data = examples_of(i)
     w = {k: np.asarray(v, np.float64) for k, v in params.items()}
     order_key, _ = jax.random.split(jax.random.fold_in(key, i))
-    words = shuffle.draw(jax.random.fold_in(order_key, 0))
+    words = shuffle.draw(order_key)
     n = int(SIZES[i])
     for epoch in range(epochs):
         order = np.asarray(shuffle.position(words, jnp.arange(n), n, epoch=epoch))

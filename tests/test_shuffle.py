@@ -11,9 +11,12 @@ from jfed import shuffle
 KEYS = jax.random.split(jax.random.key(0), 24_000)
 
 
-def orders(n, keys=KEYS):
-    place = jax.jit(jax.vmap(shuffle.position, (0, None, None)))
-    return np.asarray(place(keys, jnp.arange(n), jnp.int32(n)))
+def orders(n, keys=KEYS, epoch=0):
+    place = jax.jit(
+        jax.vmap(lambda key, n, e: shuffle.position(shuffle.draw(key), places, n, epoch=e), (0, None, None))
+    )
+    places = jnp.arange(n)
+    return np.asarray(place(keys, jnp.int32(n), jnp.int32(epoch)))
 
 
 def p_value_of_uniform(counts):
@@ -36,6 +39,14 @@ def test_all_orders_are_equally_likely(n):
     assert p_value_of_uniform(all_orders_counted(n, orders(n))) > 1e-3
 
 
+@pytest.mark.parametrize("epochs", [(0, 1), (1, 2), (3, 8)])
+def test_the_orders_of_two_epochs_know_nothing_of_each_other(epochs):
+    """All 36 pairs of orders of three are equally likely."""
+    first, second = (orders(3, epoch=e) @ (10 ** np.arange(3)) for e in epochs)
+    pairs = np.unique(np.stack([first, second]), axis=1, return_counts=True)[1]
+    assert len(pairs) == 36 and p_value_of_uniform(pairs) > 1e-3
+
+
 def test_a_shuffle_of_too_few_rounds_would_be_noticed(monkeypatch):
     monkeypatch.setattr(shuffle, "ROUNDS", 3)
     jax.clear_caches()
@@ -50,5 +61,5 @@ def test_places_and_neighbours_of_a_larger_set_are_uniform():
 
 
 def test_the_order_does_not_depend_on_which_places_are_asked_for():
-    some = shuffle.position(KEYS[0], jnp.array([[6, 2], [0, 0]]), 7)
+    some = shuffle.position(shuffle.draw(KEYS[0]), jnp.array([[6, 2], [0, 0]]), 7)
     np.testing.assert_array_equal(some, orders(7, KEYS[:1])[0][[[6, 2], [0, 0]]])

@@ -85,6 +85,7 @@ def federated(
     1.5 2
     """
     server = optax.with_extra_args_support(optax.sgd(1.0) if server is None else server)
+    sent_as_is = uplink is None
     uplink = optax.with_extra_args_support(optax.identity() if uplink is None else uplink)
     aggregator = None if aggregator is None else optax.with_extra_args_support(aggregator)
     client_map = lanes(16) if client_map is None else client_map
@@ -115,9 +116,9 @@ def federated(
     def finish_fn(shared: Shared, client: Cohort, carry: Tree) -> tuple[Tree, Tree]:
         update, message, memory, trained = send(shared, client, carry)
         weighted = jax.tree.map(lambda m: client.weight * m, message)
-        sound = (
-            tree.all_finite((update, message, weighted, memory)) & jnp.isfinite(client.weight) & (client.weight >= 0)
-        )
+        # A message that is not finite is not finite weighted either; without an uplink the update is the message.
+        checked = (weighted, memory) if sent_as_is else (update, weighted, memory)
+        sound = tree.all_finite(checked) & jnp.isfinite(client.weight) & (client.weight >= 0)
         if jax.tree.leaves(client.state):
             sound &= client.ids < num_clients
         reports = sound & (client.weight > 0)

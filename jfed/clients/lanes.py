@@ -44,7 +44,7 @@ def lanes(width: int | Literal["auto"]) -> ClientMap:
     def map_fn(work: ClientWork, shared: Tree, clients: Cohort) -> tuple[Tree, Tree]:
         count = clients.ids.shape[0]
         lane_count = min(choose(work, shared, clients) if width == "auto" else width, count)
-        step = over_lanes(work.step, (None, 0, 0, 0), lane_count)
+        step = work.step if lane_count == 1 else jax.vmap(work.step, (None, 0, 0, 0))
         some = max(lane_count // 4, 1)  # lanes that turn over at once
         start = over_lanes(work.start, (None, 0), some)
         finish = over_lanes(work.finish, (None, 0, 0), some)
@@ -67,28 +67,35 @@ def lanes(width: int | Literal["auto"]) -> ClientMap:
             added = jax.tree.map(lambda s, a: s + jnp.sum(a, 0, dtype=a.dtype), added, client_added)
             return tree.put(kept, row, client_kept), added
 
-        def turn_over(loop):
-            """Settles some of the lanes that are done and gives them their next clients."""
-            lane_state, done, first, sums = loop
+        def train(shared, row, client, t, carry):
+            """Runs all lanes until one of them, or more, is done."""
+
+            def done(t):
+                return (row < count) & (t >= client.steps)
+
+            t, carry = lax.while_loop(
+                lambda loop: ~jnp.any(done(loop[0])),
+                lambda loop: (loop[0] + 1, step(shared, client, loop[1], loop[0])),
+                (t, carry),
+            )
+            return done(t), carry, t
+
+        if lane_count == 1:  # no lane axis within the loop: XLA would copy the carry in every step
+            train = over_lanes(train, (None, 0, 0, 0, 0), 1)
+
+        def advance(loop):
+            """Trains until some lane is done, settles some that are and gives them their next clients."""
+            (row, client, t, carry), first, sums = loop
+            done, carry, t = train(shared, row, client, t, carry)
             lane = jnp.nonzero(done, size=some, fill_value=lane_count)[0]
+            lane_state = row, client, t, carry
             row, client, _, carry = lane_state if some == lane_count else tree.take(lane_state, lane)
             sums = settle(sums, jnp.where(lane < lane_count, row, count), client, carry)
             row = row_at(first + jnp.arange(some), working)
             client = tree.take(clients, row)
             fresh = row, client, jnp.zeros(some, jnp.int32), start(shared, client)
             lane_state = fresh if some == lane_count else tree.put(lane_state, lane, fresh)
-            done = done.at[lane].set(False, mode="drop")
-            return lane_state, done, first + jnp.sum(lane < lane_count), sums
-
-        def advance(loop):
-            (row, client, t, carry), first, sums = loop
-            carry = step(shared, client, carry, t)
-            t = t + 1
-            done = (row < count) & (t >= client.steps)
-            lane_state, _, first, sums = lax.while_loop(
-                lambda loop: jnp.any(loop[1]), turn_over, ((row, client, t, carry), done, first, sums)
-            )
-            return lane_state, first, sums
+            return lane_state, first + jnp.sum(lane < lane_count), sums
 
         def settle_idle(loop):
             first, sums = loop

@@ -33,9 +33,6 @@ from jfed import _validate
 
 Padding = str | tuple[tuple[int, int], tuple[int, int]]
 
-_FEW_POSITIONS = 2048  # B H' W' up to which XLA:CPU runs `K` faster as a convolution
-
-
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -187,10 +184,6 @@ def _cpu_input(dy: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
 
 
 def _cpu_weights(x: jax.Array, dy: jax.Array, window: _Window) -> jax.Array:
-    if window.strides == (1, 1) and dy.shape[0] * dy.shape[1] * dy.shape[2] <= _FEW_POSITIONS:
-        # As `_weights_convolution`, in the layout that is fast.
-        dk = _convolve(jnp.transpose(x, (3, 1, 2, 0)), jnp.transpose(dy, (1, 2, 0, 3)), window)
-        return jnp.transpose(dk, (1, 2, 0, 3))
     # Channels first and rows next, so that the shifts copy whole rows and the products run along them.
     x = jnp.transpose(_padded(x, window), (3, 1, 0, 2))  # [I, H + top + bottom, B, W + left + right]
     (down, across), (high, wide) = window.strides, window.out
