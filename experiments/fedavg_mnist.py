@@ -45,7 +45,7 @@ class Config(experiment.Options):
     decay: float | None = None  # of the learning rate, every `decay_rounds`
     decay_rounds: int | None = None
     every: int | None = None  # rounds between evaluations
-    lanes: int = 1  # clients training at once; more on an accelerator
+    lanes: int = 1  # clients training at once on each device; more on an accelerator
     download: bool = False  # fetch MNIST if it is not found
 
 
@@ -88,7 +88,9 @@ def main(config: Config) -> None:
         local.scale_by_round(lambda t: config.decay ** (t // config.decay_rounds)),
     )
     work = local.sgd(models.cross_entropy(model), optimizer, batch_size=config.batch_size, epochs=config.epochs)
-    fedavg = algorithms.fedavg(work, client_map=clients.lanes(config.lanes))
+    client_map, place = experiment.over_devices(clients.lanes(config.lanes))
+    fedavg = algorithms.fedavg(work, client_map=client_map)
+    population, test = place((population, test))
     sampler = sampling.uniform(config.cohort, steps=work.steps)
 
     def one_seed(folder: report.Run, key: jax.Array) -> dict:
@@ -99,8 +101,8 @@ def main(config: Config) -> None:
             fedavg,
             sampler,
             population,
-            model.init(init_key),
-            train_key,
+            place(model.init(init_key)),
+            place(train_key),
             rounds=config.rounds,
             every=config.every,
             judge=lambda params: run.evaluate(metrics, params, test),

@@ -35,7 +35,7 @@ class Config(experiment.Options):
     batch_size: int = 10  # windows of 80 characters
     learning_rate: float = 1.0
     clip: float = 5.0  # norm of a local gradient
-    lanes: int = 1  # clients training at once; more on an accelerator
+    lanes: int = 1  # clients training at once on each device; more on an accelerator
     every: int = 5  # rounds between evaluations
     min_speeches: int = 2  # roles with fewer are left out
 
@@ -59,7 +59,8 @@ def main(config: Config) -> None:
     metrics = models.metrics(model)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.sgd(config.learning_rate))
     work = local.sgd(models.cross_entropy(model), optimizer, batch_size=config.batch_size, epochs=config.epochs)
-    client_map = clients.lanes(config.lanes)
+    client_map, place = experiment.over_devices(clients.lanes(config.lanes))
+    spread_train, spread_test = place((train, test))
     fedavg = algorithms.fedavg(work, client_map=client_map)
     sampler = sampling.uniform(config.cohort, steps=work.steps)
 
@@ -69,15 +70,15 @@ def main(config: Config) -> None:
             folder,
             fedavg,
             sampler,
-            train,
-            model.init(init_key),
-            train_key,
+            spread_train,
+            place(model.init(init_key)),
+            place(train_key),
             rounds=config.rounds,
             every=config.every,
-            judge=lambda params: run.evaluate(metrics, params, test.examples, batch_size=128),
+            judge=lambda params: run.evaluate(metrics, params, spread_test.examples, batch_size=128),
         ):
             pass
-        own = run.evaluate_clients(metrics, params, test, client_map=client_map)["accuracy"]
+        own = run.evaluate_clients(metrics, params, spread_test, client_map=client_map)["accuracy"]
         rows = report.rows(folder.folder)
         plot.plot_curves(
             folder.folder / "accuracy.png",

@@ -31,7 +31,7 @@ class Config(experiment.Options):
     epochs: int = 5  # over a client's data, a round
     batch_size: int = 10
     learning_rate: float = 0.1
-    lanes: int = 4  # clients training at once
+    lanes: int = 1  # clients training at once on each device; on a CPU each core is one
     centralised_epochs: int = 20
     centralised_learning_rate: float = 0.03  # with all data in one place, 0.1 leaves the end of training noisy
 
@@ -48,7 +48,8 @@ def main(config: Config) -> None:
 
     model = models.two_nn()
     loss, metrics = models.cross_entropy(model), models.metrics(model)
-    client_map = clients.lanes(config.lanes)
+    client_map, place = experiment.over_devices(clients.lanes(config.lanes))
+    spread, test = place((population, test))
 
     optimizer = optax.sgd(config.learning_rate)
     work = local.sgd(loss, optimizer, batch_size=config.batch_size, epochs=config.epochs)
@@ -67,10 +68,18 @@ def main(config: Config) -> None:
         init_key, train_key = jax.random.split(key)
         initial = model.init(init_key)
         for row, params in experiment.record(
-            folder, fedavg, sampler, population, initial, train_key, rounds=config.rounds, every=10, judge=judge
+            folder,
+            fedavg,
+            sampler,
+            spread,
+            place(initial),
+            place(train_key),
+            rounds=config.rounds,
+            every=10,
+            judge=judge,
         ):
             pass
-        own = run.evaluate_clients(metrics, params, population, client_map=client_map)["accuracy"]
+        own = run.evaluate_clients(metrics, params, spread, client_map=client_map)["accuracy"]
         state, _ = run.scan_rounds(
             centralised,
             sampling.full(steps=epoch.steps),

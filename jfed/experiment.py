@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jfed import _machine, _validate, checkpoint, mesh, report
-from jfed.core import Algorithm, Population, Tree
+from jfed import _machine, _validate, checkpoint, clients, mesh, report
+from jfed.core import Algorithm, ClientMap, Population, Tree
 from jfed.run import iterate
 from jfed.sampling import Sampler
 
@@ -66,6 +66,19 @@ def cli(main: Callable[[Any], None], options: type[Options], *, smoke: dict[str,
         sys.exit(f"error: {error}")
 
 
+def over_devices(client_map: ClientMap) -> tuple[ClientMap, Callable[[Tree], Tree]]:
+    """Deals clients to all devices there are, each of which runs `client_map`.
+
+    Returns:
+      `(client_map, place)`: the map over devices, and what puts a tree on each of them: state, key and
+      population belong there before the first round. With a single device, the map itself.
+    """
+    if jax.device_count() == 1:
+        return client_map, lambda tree: tree
+    devices = mesh.make()
+    return clients.sharded(devices, client_map), lambda tree: mesh.replicate(tree, devices)
+
+
 def over_seeds(
     name: str, options: Options, one_seed: Callable[[report.Run, jax.Array], dict[str, Any]]
 ) -> tuple[report.Run, dict[str, Any]]:
@@ -99,9 +112,9 @@ def over_seeds(
     try:
         for seed in range(options.seeds):
             run = report.open_run(whole.folder / f"seed_{seed}", settings | {"seed": seed}, resume=True)
-            if not run.finished:
-                report.finish(run, one_seed(run, jax.random.key(seed)), show=False)
-            summaries.append(run.summary)
+            # Of many processes only the first can count on the file.
+            summary = run.summary or report.finish(run, one_seed(run, jax.random.key(seed)), show=False)
+            summaries.append(summary)
     except (ValueError, OSError):
         if new and whole.writer and not any(report.rows(folder) for folder in whole.folder.glob("seed_*")):
             shutil.rmtree(whole.folder)

@@ -48,23 +48,24 @@ def use_cores(count: int | None = None) -> None:
     clients. It does nothing to an accelerator, and must come before JAX has started.
 
     Args:
-      count: devices; by default the cores this process may use.
+      count: devices; by default as many as cores that this process may use, where JAX has not started.
 
     Raises:
       ValueError: if `count` is not a whole number of at least 1, or JAX has started with another number.
     """
+    if count is not None:
+        _validate.at_least_one("use_cores", "count", count, "leave it out to use every core")
+    elif "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return  # somebody has chosen a number
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = usable if count is None else count
-    _validate.at_least_one("use_cores", "count", count, "leave it out to use every core")
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        return  # the caller has chosen a number
     try:
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        if jax.devices("cpu") and len(jax.devices("cpu")) != count:
+        jax.config.update("jax_num_cpu_devices", usable if count is None else count)
+    except RuntimeError:  # JAX has started
+        have = len(jax.local_devices(backend="cpu"))
+        if count not in (None, have):
             raise ValueError(
-                f"use_cores(count={count}): JAX has started with {len(jax.devices('cpu'))} CPU devices; call it "
-                "before anything makes an array."
+                f"use_cores(count={count}): JAX has started with {have} CPU devices; call it before anything "
+                "makes an array."
             ) from None
 
 

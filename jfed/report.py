@@ -182,17 +182,20 @@ def worst_tenth(values: Any) -> float:
     return float(values[: max(1, len(values) // 10)].mean())
 
 
-def finish(run: Run, summary: Mapping[str, Any], *, show: bool = True) -> None:
+def finish(run: Run, summary: Mapping[str, Any], *, show: bool = True) -> dict[str, Any]:
     """Writes the summary and prints it, one line of JSON: the last line of an experiment's output.
 
     With `show=False`, for a run that is part of a larger one, it is not printed. For a run that was
-    finished before, `finish(run, run.summary)` prints the same line again.
+    finished before, `finish(run, run.summary)` prints the same line again. Returns what it wrote, or
+    would have, were this process the writer.
     """
+    summary = _plain(summary, "summary")
     if run.writer:
-        text = json.dumps(_plain(summary, "summary"), allow_nan=False) + "\n"
+        text = json.dumps(summary, allow_nan=False) + "\n"
         _write(run.folder / "summary.json", text)
         if show:
             print(text, end="", flush=True)
+    return summary
 
 
 def _check_same_run(folder: Path, config: dict[str, Any], resume: bool) -> None:

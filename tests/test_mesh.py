@@ -53,10 +53,11 @@ def test_each_core_becomes_a_device():
     assert done.stdout.strip() == "3", done.stderr
 
 
-def test_a_number_of_devices_that_the_caller_chose_stays():
-    flags = "--xla_force_host_platform_device_count=2"
-    done = fresh("import jax; from jfed import mesh; mesh.use_cores(3); print(jax.device_count())", XLA_FLAGS=flags)
-    assert done.stdout.strip() == "2", done.stderr
+def test_a_number_of_devices_that_was_chosen_before_stays():
+    flags = "--xla_force_host_platform_device_count=3"
+    code = "import jax; from jfed import mesh; mesh.use_cores(); print(jax.device_count()); mesh.use_cores()"
+    done = fresh(code, XLA_FLAGS=flags)
+    assert done.stdout.strip() == "3" and done.returncode == 0, done.stderr
 
 
 def test_cores_are_refused_once_jax_has_started():

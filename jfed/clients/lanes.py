@@ -49,14 +49,15 @@ def lanes(width: int | Literal["auto"]) -> ClientMap:
         start = over_lanes(work.start, (None, 0), some)
         finish = over_lanes(work.finish, (None, 0, 0), some)
 
-        # The queue: longest first; then those that only report; absent ones last, and never looked at.
+        # The queue: longest first; then those that only report, done as soon as a lane takes them; absent
+        # ones last, and never looked at.
         present = clients.weight != 0
         queue = jnp.argsort(jnp.where(clients.steps > 0, clients.steps, present - 1), descending=True, stable=True)
-        working, waiting = jnp.sum(clients.steps > 0), jnp.sum(present | (clients.steps > 0))
+        waiting = jnp.sum(present | (clients.steps > 0))
 
-        def row_at(place, end):
-            """The client at a place of the queue; `count`, nobody, from `end` on."""
-            return jnp.where(place < end, queue[jnp.minimum(place, count - 1)], count)
+        def row_at(place):
+            """The client at a place of the queue; `count`, nobody, past its end."""
+            return jnp.where(place < waiting, queue[jnp.minimum(place, count - 1)], count)
 
         def settle(sums, row, client, carry):
             """Adds the results of a few clients; a row of `count` is nobody."""
@@ -91,27 +92,19 @@ def lanes(width: int | Literal["auto"]) -> ClientMap:
             lane_state = row, client, t, carry
             row, client, _, carry = lane_state if some == lane_count else tree.take(lane_state, lane)
             sums = settle(sums, jnp.where(lane < lane_count, row, count), client, carry)
-            row = row_at(first + jnp.arange(some), working)
+            row = row_at(first + jnp.arange(some))
             client = tree.take(clients, row)
             fresh = row, client, jnp.zeros(some, jnp.int32), start(shared, client)
             lane_state = fresh if some == lane_count else tree.put(lane_state, lane, fresh)
             return lane_state, first + jnp.sum(lane < lane_count), sums
 
-        def settle_idle(loop):
-            first, sums = loop
-            row = row_at(first + jnp.arange(some), waiting)
-            client = tree.take(clients, row)
-            return first + some, settle(sums, row, client, start(shared, client))
-
-        row = row_at(jnp.arange(lane_count), working)
+        row = row_at(jnp.arange(lane_count))
         client = tree.take(clients, row)
         carry = over_lanes(work.start, (None, 0), lane_count)(shared, client)
         kept, added = jax.eval_shape(work.finish, shared, *tree.take((client, carry), 0))
         sums = tree.zeros(kept, (count,)), tree.zeros(added)
         loop = (row, client, jnp.zeros(lane_count, jnp.int32), carry), jnp.asarray(lane_count), sums
         *_, sums = lax.while_loop(lambda loop: jnp.any(loop[0][0] < count), advance, loop)
-        # Clients with no step to do: nothing to train, but the law counts them too.
-        _, sums = lax.while_loop(lambda loop: loop[0] < waiting, settle_idle, (working, sums))
         return sums
 
     return map_fn

@@ -26,6 +26,7 @@ from jfed.clients.dealt import deal_on_host
 from jfed.core import Algorithm, Cohort, Population, Tree, make_cohort
 from jfed.data.source import Source, check_rows, fetch, row_of
 from jfed.mesh import replicate
+from jfed.run._cohorts import block, lay_out, send
 from jfed.run.rounds import Moment
 from jfed.sampling import Sampler
 
@@ -130,7 +131,7 @@ def stream(
         hands = np.arange(slots)[None]
         if mesh is not None:
             hands = deal_on_host(cohort.steps, cohort.ids, source.size, devices=devices, slots=slots, capacity=capacity)
-        cohort, owners = _lay_out(cohort, hands, source.size, capacity)
+        cohort, owners = lay_out(cohort, hands, source.size, capacity)
         needed = max(int(source.size[ids].sum(dtype=np.int64)) for ids in owners)
         if needed > capacity:
             raise ValueError(
@@ -138,10 +139,10 @@ def stream(
                 f"capacity to that, or leave it out for {enough}, enough for any cohort."
             )
 
-        def block(d: int) -> list[np.ndarray]:
-            return _block(source.row, capacity, ((f"client {i}", fetch(source, i)) for i in owners[d].tolist()))
+        def block_of(d: int) -> list[np.ndarray]:
+            return block(source.row, capacity, ((f"client {i}", fetch(source, i)) for i in owners[d].tolist()))
 
-        return _send(cohort, block, source.row, capacity, mesh, axis)
+        return send(cohort, block_of, source.row, capacity, mesh, axis)
 
     return _moments(algorithm, make, state, key, start, every, mesh)
 
@@ -221,7 +222,7 @@ def stream_clients(
         cohort = jax.tree.map(np.asarray, _look_up(steps, *jax.device_put((np.cumsum(size) - size, size), host)))
         real = np.arange(cohort_size) < len(taken)
         cohort = cohort._replace(ids=np.where(real, t * cohort_size + cohort.ids, _NOBODY).astype(np.int32))
-        return _send(cohort, lambda _: _block(row, capacity, taken), row, capacity, None, "")
+        return send(cohort, lambda _: block(row, capacity, taken), row, capacity, None, "")
 
     return _moments(algorithm, make, state, key, int(start), every, None)
 
@@ -280,69 +281,6 @@ def _draw(sampler: Sampler, impl: str, size: jax.Array, key_data: jax.Array, t: 
 @functools.partial(jax.jit, static_argnums=0)
 def _look_up(steps: Callable, start: jax.Array, size: jax.Array) -> Cohort:
     return make_cohort(Population((), start, size), jnp.arange(size.shape[0]), steps=steps)
-
-
-def _lay_out(cohort: Cohort, hands: np.ndarray, size: np.ndarray, capacity: int) -> tuple[Cohort, list[np.ndarray]]:
-    """The cohort in the order of `hands` [n, slots], and for each device the clients whose rows its block holds.
-
-    A block holds a client once, however often it was drawn; clients lie in the order of their ids.
-    """
-    count = cohort.ids.shape[0]
-    filled = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1])]), cohort)
-    filled.ids[count] = size.size
-    cohort = jax.tree.map(lambda x: x[hands.reshape(-1)], filled)
-    start, owners = np.zeros(hands.shape, np.int32), []
-    for d, ids in enumerate(cohort.ids.reshape(hands.shape)):
-        real = ids < size.size
-        held, place = np.unique(ids[real], return_inverse=True)
-        first = np.cumsum(size[held], dtype=np.int64) - size[held]
-        start[d, real] = (d * capacity + first)[place]
-        owners.append(held[size[held] > 0])
-    return cohort._replace(start=start.reshape(-1)), owners
-
-
-def _block(row: Tree, capacity: int, clients: Iterable[tuple[str, list[np.ndarray]]]) -> list[np.ndarray]:
-    """Leaves [capacity, ...] with the clients' rows one after another, in the dtypes they have on a device."""
-    # Zeros, not whatever memory holds: a lane that has nothing to do still reads a row.
-    leaves = [np.zeros((capacity, *one.shape), _on_device(one).dtype) for one in jax.tree.leaves(row)]
-    first = 0
-    for name, rows in clients:
-        for leaf, part in zip(leaves, rows, strict=True):
-            here = leaf[first : first + len(part)]
-            np.copyto(here, part, casting="same_kind")
-            if leaf.dtype != part.dtype and leaf.dtype.kind in "iu" and not np.array_equal(here, part):
-                raise ValueError(
-                    f"stream({name}): it holds {part.dtype} values beyond {leaf.dtype}; renumber them, or set "
-                    "jax_enable_x64."
-                )
-        first += len(rows[0])
-    return leaves
-
-
-def _send(
-    cohort: Cohort, block: Callable[[int], list[np.ndarray]], row: Tree, capacity: int, mesh: Mesh | None, axis: str
-) -> Cohort:
-    """The cohort on the device or, with a mesh, each device's slots and block on it; only those are gathered."""
-    structure = jax.tree.structure(row)
-    if mesh is None:
-        return jax.device_put(cohort._replace(examples=jax.tree.unflatten(structure, block(0))))
-    sharding = NamedSharding(mesh, P(axis))
-    block = functools.cache(block)  # asked for once a leaf and device; devices along other axes share one
-
-    def leaf(k: int, one: jax.ShapeDtypeStruct) -> jax.Array:
-        def of(index):
-            return block((index[0].start or 0) // capacity)[k]
-
-        return jax.make_array_from_callback((mesh.shape[axis] * capacity, *one.shape), sharding, of)
-
-    examples = [leaf(k, one) for k, one in enumerate(jax.tree.leaves(row))]
-    cohort = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), cohort)
-    return cohort._replace(examples=jax.tree.unflatten(structure, examples))
-
-
-def _on_device(one: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """As JAX would take it: 64 bits become 32 unless it was told otherwise."""
-    return jax.eval_shape(lambda x: x, np.zeros((0, *one.shape), one.dtype))
 
 
 def _onto(mesh: Mesh | None, tree: Tree) -> Tree:
