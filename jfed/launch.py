@@ -162,9 +162,9 @@ def _child(address: str, processes: int, index: int, script: str, arguments: lis
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as error:
-        if isinstance(error.code, str):
+        if not isinstance(error.code, int | None):
             print(error.code, file=sys.stderr)
-        code = 1 if isinstance(error.code, str) else int(error.code or 0)
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -90,5 +91,27 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
             return jax.random.wrap_key_data(one(jax.random.key_data(x)), impl=jax.random.key_impl(x))
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
+
+
+def of(tree: Tree) -> Mesh | None:
+    """The mesh that a leaf of `tree` lies on, if one does."""
+    placed = (x.sharding for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    return next((s.mesh for s in placed if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)), None)
+
+
+def onto(tree: Tree, mesh: Mesh | None) -> Tree:
+    """`tree` as a round leaves it, so that the first round's program serves all: strongly typed, all on the mesh.
+
+    What is not on the mesh yet is copied to all its devices.
+    """
+
+    def one(x):
+        if not isinstance(x, jax.Array) or getattr(x, "weak_type", False):
+            x = jnp.asarray(x, jnp.result_type(x))
+        if mesh is None or (isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh):
+            return x
+        return replicate(x, mesh)
 
     return jax.tree.map(one, tree)

@@ -163,5 +163,9 @@ def _label_ends(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
 
 
 def _save(figure: "Figure", path: str | os.PathLike) -> None:
+    import jax
+
+    if jax.process_index():  # of many processes only the first writes
+        return
     Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")

@@ -40,6 +40,18 @@ def recorded(folder, rounds, *, stop_after=None, key=KEY, resume=False):
     return rows, params
 
 
+def test_over_devices_trains_the_model_that_one_device_does(tmp_path):
+    client_map, place = experiment.over_devices(lanes(2))
+    method = fedavgm(WORK, client_map=client_map)
+    params, key = place(PARAMS), place(KEY)
+    assert len(params["w"].devices()) == jax.device_count() == 8
+    opened = report.open_run(tmp_path / "run", {})
+    for _, trained in experiment.record(opened, method, SAMPLER, place(POPULATION), params, key, rounds=2):
+        pass
+    state, _ = run.scan_rounds(METHOD, SAMPLER, POPULATION, METHOD.init(PARAMS), KEY, rounds=2)
+    problem.close(trained, state.params)
+
+
 def without_seconds(rows):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 

@@ -53,6 +53,11 @@ def test_each_core_becomes_a_device():
     assert done.stdout.strip() == "3", done.stderr
 
 
+def test_by_default_every_usable_core_becomes_a_device():
+    done = fresh("import jax; from jfed import mesh; mesh.use_cores(); print(jax.device_count())")
+    assert int(done.stdout) == len(os.sched_getaffinity(0)), done.stderr
+
+
 def test_a_number_of_devices_that_was_chosen_before_stays():
     flags = "--xla_force_host_platform_device_count=3"
     code = "import jax; from jfed import mesh; mesh.use_cores(); print(jax.device_count()); mesh.use_cores()"

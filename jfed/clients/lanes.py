@@ -33,7 +33,8 @@ def lanes(width: int | Literal["auto"]) -> ClientMap:
       width: lanes, L. More keep an accelerator busier and need more memory; one is usually best on a
         CPU, with a device for each core (`jfed.mesh.use_cores`). "auto" measures a few steps at a few
         widths when a program is first compiled and takes the fastest that fits the memory; the choice
-        is remembered on this machine. `jfed.clients.explain` shows what each width costs.
+        is remembered on this machine; a run to be resumed elsewhere to the same bits needs a number.
+        `jfed.clients.explain` shows what each width costs.
 
     Raises:
       ValueError: if `width` is neither "auto" nor a whole number of at least 1.

@@ -54,7 +54,7 @@ def choose(work: ClientWork, shared: Tree, clients: Cohort) -> int:
 
     `shared` and `clients` may be traced: only their shapes are looked at. The choice is kept in the
     process and in `widths.json` of the cache folder (`$JFED_CACHE`, or jfed in the user's cache), so
-    that a run taken up again on the same machine has the width it had.
+    that a run taken up again on the same machine, with that file, has the width it had.
 
     Raises:
       ValueError: if there are several processes, each of which could choose another width.
@@ -125,11 +125,11 @@ def explain(
       work: what a client does.
       params: the model.
       cohort: from a sampler or `core.make_cohort`; may not be traced.
-      widths: numbers of lanes to try, ascending; those above the number of clients are left out.
+      widths: numbers of lanes to try beside the automatic one; those above the number of clients are left out.
       repeats: timed runs of each, after one that compiles.
 
     Raises:
-      ValueError: if a width or `repeats` is not a whole number of at least 1.
+      ValueError: if a width or `repeats` is not a whole number of at least 1, or there are several processes.
 
     >>> from jfed import core, local
     >>> import optax
@@ -147,8 +147,8 @@ def explain(
     shared = Shared(params, cohort.examples, jax.random.key(0), jnp.zeros((), jnp.int32))
     clients = cohort._replace(examples=())
     steps = np.asarray(clients.steps)
-    rows = []
-    for width in [w for w in widths if w <= len(steps)] or [1]:
+    rows, auto = [], choose(work, shared, clients)
+    for width in sorted({auto, *(w for w in widths if w <= len(steps))}):
         program = jax.jit(lambda shared, clients, w=width: lanes(w)(work, shared, clients))
         compiled = program.lower(shared, clients).compile()
         before, seconds = _machine.peak_memory(), []
@@ -167,7 +167,7 @@ def explain(
                 "peak_growth_bytes": _machine.peak_memory() - before,
             }
         )
-    return Explanation(rows, choose(work, shared, clients))
+    return Explanation(rows, auto)
 
 
 def in_use(steps: np.ndarray, width: int) -> float:
@@ -193,18 +193,18 @@ def _choice(work: ClientWork, shared: Tree, clients: Cohort) -> int:
     one = jax.tree.map(lambda x: _stand_in(_struct(x.shape[1:], x)), clients)
     one = one._replace(start=jnp.int32(0), size=jnp.int32(size), steps=jnp.int32(_STEPS), weight=jnp.float32(1))
 
-    program, values = _program(work, shared, one, width=1)
-    name = _name(program)
+    widths = [w for w in WIDTHS if w <= clients.ids.shape[0]] or [1]
+    program, _ = _program(work, shared, one, width=1)
+    name = _name(program, widths)
     if name not in _remembered:
-        _remembered[name] = _read(name) or _measure(work, shared, one, clients.ids.shape[0])
-        _write(name, _remembered[name])
+        _remembered[name] = _read(name) or _write(name, _measure(work, shared, one, widths))
     return _remembered[name]
 
 
-def _measure(work: ClientWork, shared: Tree, client: Cohort, most: int) -> int:
-    """The fastest of `WIDTHS` up to `most`, or the last before one that is slower: wider ones are not tried."""
+def _measure(work: ClientWork, shared: Tree, client: Cohort, widths: list[int]) -> int:
+    """The fastest of `widths`, or the last before one that is slower: wider ones are not tried."""
     times: dict[int, float] = {}
-    for width in [w for w in WIDTHS if w <= most] or [1]:
+    for width in widths:
         program, values = _program(work, shared, client, width)
         compiled = jax.jit(jax.extend.core.jaxpr_as_fun(program)).lower(*values).compile()
         needed = compiled.memory_analysis().temp_size_in_bytes
@@ -252,12 +252,12 @@ def _stand_in(x: Any) -> jax.Array:
     return jnp.asarray(0.1 * np.random.default_rng(0).standard_normal(x.shape), x.dtype)
 
 
-def _name(program: Any) -> str:
-    """What a choice is remembered by: the program, the machine, the versions."""
+def _name(program: Any, widths: list[int]) -> str:
+    """What a choice is remembered by: the program, what there was to choose from, the machine, the versions."""
     text = re.sub(r"0x[0-9a-f]+", "", str(program.jaxpr))  # addresses of functions differ by process
     device = jax.devices()[0]
     where = (device.platform, device.device_kind, jax.local_device_count(), os.cpu_count())
-    return hashlib.sha256(repr((text, where, jax.__version__, _machine.version())).encode()).hexdigest()
+    return hashlib.sha256(repr((text, widths, where, jax.__version__, _machine.version())).encode()).hexdigest()
 
 
 def _file() -> Path:
@@ -272,14 +272,15 @@ def _read(name: str) -> int | None:
     return width if width in WIDTHS else None
 
 
-def _write(name: str, width: int) -> None:
-    """Adds a choice to the file, if it can be written: without it the next process measures again."""
+def _write(name: str, width: int) -> int:
+    """Adds a choice to the file, if it can be written, and returns the one in force: the first that was written."""
     path = _file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(held | {name: width}), encoding="utf-8")
+        partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+        partial.write_text(json.dumps({name: width} | held), encoding="utf-8")
         partial.replace(path)
+        return held.get(name, width)
     except (OSError, ValueError, TypeError):
-        return
+        return width  # the next process measures again

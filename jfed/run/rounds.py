@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import io_callback
 
-from jfed import _validate
+from jfed import _validate, mesh
 from jfed.core import Algorithm, Population, Tree
 from jfed.run.evaluation import Metrics, evaluate
 from jfed.sampling import Sampler
@@ -36,8 +37,9 @@ def scan_rounds(
 ) -> tuple[Tree, dict]:
     """Runs `rounds` rounds as one program, with sampling, data and judging on the device.
 
-    It is compiled once for each algorithm, sampler, number of rounds and shape of the population,
-    and can be vmapped over keys, states or anything an algorithm was built from.
+    It is compiled once for each algorithm, sampler, judge, report, `rounds`, `every` and shape of the
+    population: make them outside the loop. Without a report it can be vmapped over keys, states or
+    anything an algorithm was built from.
 
     Args:
       algorithm: the method.
@@ -53,7 +55,8 @@ def scan_rounds(
       examples: leaves [E, ...], what the model is judged on.
       report: `(rounds completed, {name: number}) -> None`, called on the host every so many rounds
         with the judgement and the last round's metrics, while the program runs on.
-      donate: let the result take the place of `state` in memory; the one passed in is then gone.
+      donate: let the result take the place of `state` in memory; the one passed in, and the params it
+        was made from, are then gone.
 
     Returns:
       `(state, metrics)`; each metric of the algorithm's rounds with a leading axis [T], and with a judge
@@ -84,12 +87,16 @@ def _scan_rounds(algorithm, sampler, judge, report, rounds, every, population, s
         judged = {} if judge is None else evaluate(judge, algorithm.params(state), examples)
         if report is not None:
             last = jax.tree.map(lambda m: m[-1], metrics)
-            io_callback(lambda t, row: report(int(t), row), None, first + every, last | judged, ordered=True)
+            io_callback(lambda t, row: report(int(t), _numbers(row)), None, first + every, last | judged, ordered=True)
         return state, (metrics, judged)
 
     state, (metrics, judged) = jax.lax.scan(stretch, state, start + jnp.arange(0, rounds, every))
     metrics = jax.tree.map(lambda m: m.reshape(rounds, *m.shape[2:]), metrics)
     return state, metrics if judge is None else metrics | {"judged": judged}
+
+
+def _numbers(row: dict) -> dict:
+    return jax.tree.map(lambda x: np.asarray(x).tolist(), row)
 
 
 _STATIC = ("algorithm", "sampler", "judge", "report", "rounds", "every")
@@ -128,8 +135,8 @@ def iterate(
       rounds: T, the length of the whole run.
       start: rounds run before, on the same key; those are not run again.
       every: rounds in one compiled program; a last, shorter stretch is compiled separately.
-      donate: let each state take the place of the one before in memory: the state passed in, and that of
-        an earlier moment, are then gone.
+      donate: let each state take the place of the one before in memory: the state passed in with the
+        params it was made from, and that of an earlier moment, are then gone.
 
     Returns:
       An iterator of a `Moment` after each stretch.
@@ -144,7 +151,9 @@ def iterate(
         raise ValueError(f"iterate(start={start}): start must lie in [0, {rounds}], the rounds of the whole run.")
 
     def moments():
-        done, now = start, state
+        # Else the first round's result, which lies on the mesh and has strong types, would call for a second program.
+        home = mesh.of((state, key, population))
+        done, now = start, mesh.onto(state, home)
         while done < rounds:
             stretch = min(every - done % every, rounds - done)
             now, metrics = scan_rounds(

@@ -25,7 +25,7 @@ from jfed import _validate
 from jfed.clients.dealt import deal_on_host
 from jfed.core import Algorithm, Cohort, Population, Tree, make_cohort
 from jfed.data.source import Source, check_rows, fetch, row_of
-from jfed.mesh import replicate
+from jfed.mesh import onto
 from jfed.run._cohorts import block, lay_out, send
 from jfed.run.rounds import Moment
 from jfed.sampling import Sampler
@@ -237,7 +237,7 @@ def _moments(
     mesh: Mesh | None,
 ) -> Iterator[Moment]:
     """Runs round t on the cohort `make(t)`, each made while the round before trains, until there is none."""
-    state, key = _onto(mesh, state), _onto(mesh, key)
+    state, key = onto(state, mesh), onto(key, mesh)
     lies = None if mesh is None else tuple(leaf.sharding for leaf in jax.tree.leaves(state))
     done, metrics, stretch = start, (), []
     with ThreadPoolExecutor(1, "jfed-stream") as thread:
@@ -281,22 +281,6 @@ def _draw(sampler: Sampler, impl: str, size: jax.Array, key_data: jax.Array, t: 
 @functools.partial(jax.jit, static_argnums=0)
 def _look_up(steps: Callable, start: jax.Array, size: jax.Array) -> Cohort:
     return make_cohort(Population((), start, size), jnp.arange(size.shape[0]), steps=steps)
-
-
-def _onto(mesh: Mesh | None, tree: Tree) -> Tree:
-    """`tree` with what is not on the mesh copied to all its devices; no leaf is weakly typed.
-
-    A round's result is not either, and would call for a second program.
-    """
-
-    def one(x):
-        if not isinstance(x, jax.Array) or getattr(x, "weak_type", False):
-            x = jnp.asarray(x, jnp.result_type(x))
-        if mesh is None or (isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh):
-            return x
-        return replicate(x, mesh)
-
-    return jax.tree.map(one, tree)
 
 
 def _stacked(metrics: list[dict]) -> dict:

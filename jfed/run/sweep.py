@@ -168,7 +168,7 @@ def sweep(
 
 
 def best_setting(result: Sweep, metric: str, *, order: Callable = max) -> dict[str, float]:
-    """The setting whose mean over seeds of the final `metric` is best; one that ended in NaN never is.
+    """The setting whose mean over seeds of the final `metric` is best; one that is not finite never is.
 
     Args:
       result: from `sweep`.
@@ -176,11 +176,11 @@ def best_setting(result: Sweep, metric: str, *, order: Callable = max) -> dict[s
       order: `max` if more is better, `min` if less is.
 
     Raises:
-      ValueError: if there is no such metric, if `order` is neither, or if every setting ended in NaN.
+      ValueError: if there is no such metric, if `order` is neither, or if no setting ended finite.
     """
-    best = _best(result, metric, order)
+    best = _best("best_setting", result, metric, order)
     if best is None:
-        raise ValueError(f"best_setting({metric!r}): every setting ended in NaN; sweep lower learning rates.")
+        raise ValueError(f"best_setting({metric!r}): no setting ended finite; sweep lower learning rates.")
     return result.settings[best]
 
 
@@ -208,7 +208,7 @@ def sweep_table(result: Sweep, metric: str, *, order: Callable = max, title: str
         0        0.6         0.1414
       0.1       0.85        0.07071   *
     """
-    best = _best(result, metric, order)
+    best = _best("sweep_table", result, metric, order)
     rows = []
     for i, setting in enumerate(result.settings):
         row: dict[str, Any] = dict(setting)
@@ -221,13 +221,13 @@ def sweep_table(result: Sweep, metric: str, *, order: Callable = max, title: str
     return report.table(title, rows)
 
 
-def _best(result: Sweep, metric: str, order: Callable) -> int | None:
+def _best(where: str, result: Sweep, metric: str, order: Callable) -> int | None:
     if metric not in result.curves:
-        raise ValueError(f"sweep_table(metric={metric!r}): judged were {sorted(result.curves)}; name one of them.")
+        raise ValueError(f"{where}(metric={metric!r}): judged were {sorted(result.curves)}; name one of them.")
     if order not in (max, min):
-        raise ValueError(f"sweep_table(order={order!r}): order must be max or min; max if more of it is better.")
+        raise ValueError(f"{where}(order={order!r}): order must be max or min; max if more of it is better.")
     means = result.curves[metric][:, :, -1].mean(1)
-    sound = [i for i, mean in enumerate(means) if not np.isnan(mean)]
+    sound = [i for i, mean in enumerate(means) if np.isfinite(mean)]
     return order(sound, key=lambda i: means[i]) if sound else None
 
 
@@ -244,7 +244,13 @@ def _product(grid: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
 
 
 def _rows(table: dict[str, np.ndarray], index: np.ndarray) -> dict[str, jax.Array]:
-    return {name: jnp.asarray(column[index]) for name, column in table.items()}
+    """Weakly typed, as the plain numbers are: a float32 rate would turn bfloat16 params into float32."""
+
+    def weak(column: np.ndarray) -> jax.Array:
+        like = jnp.full(column.shape, column.dtype.type(0).item())
+        return like.at[...].set(jnp.asarray(column, like.dtype))
+
+    return {name: weak(column[index]) for name, column in table.items()}
 
 
 def _scalars(judged: dict[str, jax.Array]) -> dict[str, jax.Array]:

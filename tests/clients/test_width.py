@@ -1,6 +1,7 @@
 """The width that is measured, remembered and explained."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,19 @@ def test_another_batch_size_is_another_choice(cache, monkeypatch):
     assert len(json.loads(cache.read_text())) == 2
 
 
+def test_a_small_cohort_does_not_choose_for_a_large_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(width, "_measure", lambda work, shared, client, widths: asked.append(widths) or widths[-1])
+    few = tree.take(CLIENTS, jnp.arange(2))
+    assert [width.choose(WORK, SHARED, clients) for clients in (few, CLIENTS)] == [1, 4]
+    assert asked == [[1], [1, 4]]
+
+
+def test_the_first_choice_written_stands(cache):
+    assert width._write("a", 4) == 4 and width._write("a", 1) == 4 and width._write("b", 1) == 1
+    assert json.loads(cache.read_text()) == {"a": 4, "b": 1}
+
+
 def test_a_cache_that_is_not_ours_is_measured_past(cache, monkeypatch):
     monkeypatch.setattr(width, "_measure", lambda *args: 4)
     cache.write_text("not JSON")
@@ -65,15 +79,14 @@ def test_the_fastest_width_is_taken(monkeypatch):
     """A clock that says the second width is slower, or faster, per client."""
     for second, expected in ((0.39, 4), (0.41, 1)):
         ticks = iter(np.cumsum(np.ravel([[0.0, 0.1]] * 4 + [[0.0, second]] * 4)))
-        monkeypatch.setattr(width.time, "perf_counter", lambda ticks=ticks: next(ticks))
+        monkeypatch.setattr(width, "time", types.SimpleNamespace(perf_counter=lambda ticks=ticks: next(ticks)))
         monkeypatch.setattr(width, "_remembered", {})
-        assert width._measure(WORK, SHARED, tree.take(CLIENTS, 0), 12) == expected
+        assert width._measure(WORK, SHARED, tree.take(CLIENTS, 0), [1, 4]) == expected
 
 
 def test_a_width_that_does_not_fit_the_memory_is_not_tried(monkeypatch):
     monkeypatch.setattr(width._machine, "free_memory", lambda: 0.0)
-    monkeypatch.setattr(width.time, "perf_counter", iter(range(1000)).__next__)
-    assert width._measure(WORK, SHARED, tree.take(CLIENTS, 0), 12) == 1
+    assert width._measure(WORK, SHARED, tree.take(CLIENTS, 0), [1, 4]) == 1
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_conv2d_equals_lax_with_first_and_second_derivatives(kernel_size, paddin
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kernel_size", "padding", "strides"), CASES)
-def test_the_lowerings_of_all_backends_and_sizes_agree(kernel_size, padding, strides, monkeypatch):
+def test_the_lowerings_of_all_backends_agree(kernel_size, padding, strides):
     x, kernel, *_ = inputs(kernel_size)
     image = x.shape[1:3]
     window = conv._Window(image, kernel_size, strides, conv._pairs(padding, image, kernel_size, strides))
@@ -73,14 +73,10 @@ def test_the_lowerings_of_all_backends_and_sizes_agree(kernel_size, padding, str
 
     @jax.jit
     def every():
-        few = conv._cpu_weights(x, dy, window)
-        with monkeypatch.context() as patch:
-            patch.setattr(conv, "_FEW_POSITIONS", 0)
-            many = conv._cpu_weights(x, dy, window)
         return (
             [conv._convolve(x, kernel, window), conv._matmul_forward(x, kernel, window)],
             [f(dy, kernel, window) for f in (conv._input_convolution, conv._matmul_input, conv._cpu_input)],
-            [few, many, *(f(x, dy, window) for f in (conv._weights_convolution, conv._matmul_weights))],
+            [f(x, dy, window) for f in (conv._weights_convolution, conv._matmul_weights, conv._cpu_weights)],
         )
 
     for first, *others in every():
