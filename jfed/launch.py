@@ -13,6 +13,7 @@ Each process computes with its share of the cores as threads: N pools of all cor
 import argparse
 import contextlib
 import os
+import queue
 import re
 import runpy
 import signal
@@ -20,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -119,15 +121,18 @@ def _interrupted(signum, frame):
 
 
 def _first_failure(children: list[subprocess.Popen]) -> int | None:
-    """Waits until all children have ended well, or one has not; returns which."""
-    while True:
-        codes = [child.poll() for child in children]
-        for i, code in enumerate(codes):
-            if code:
-                return i
-        if None not in codes:
-            return None
-        time.sleep(0.05)
+    """Waits until all children have ended well, or one has not; returns which.
+
+    The others may fail as soon as it is gone, so each is waited for by a thread of its own.
+    """
+    ended: queue.SimpleQueue = queue.SimpleQueue()
+    for i, child in enumerate(children):
+        threading.Thread(target=lambda i=i, child=child: ended.put((i, child.wait())), daemon=True).start()
+    for _ in children:
+        i, code = ended.get()
+        if code:
+            return i
+    return None
 
 
 def _end(children: list[subprocess.Popen]) -> None:

@@ -184,7 +184,7 @@ def test_one_seed_has_no_deviation():
         (lambda: swept(judge=lambda w: {"w": w}), r"sweep\(judge\): metric 'w' has shape \(1000,\)"),
         (lambda: run.sweep_table(made_up([[0.1]]), "loss"), r"metric='loss'\): judged were \['accuracy'\]; name"),
         (lambda: run.best_setting(made_up([[0.1]]), "accuracy", order=sum), r"order must be max or min"),
-        (lambda: run.best_setting(made_up([[math.nan]]), "accuracy"), r"every setting ended in NaN; sweep lower"),
+        (lambda: run.best_setting(made_up([[math.nan]]), "accuracy"), r"no setting ended finite; sweep lower"),
     ],
 )
 def test_bad_input_is_an_error_of_one_line(call, message):
