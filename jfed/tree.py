@@ -51,7 +51,7 @@ def all_finite(tree: Tree) -> jax.Array:
 
     def one(x: jax.Array) -> jax.Array:
         if x.ndim > 1 and x.size:
-            # 0 times any number is 0, unless it is not finite. As a product this takes a third of the time.
+            # 0 times any number is 0, unless it is not finite. A product is quicker than a reduction of flags.
             rows = x.reshape(-1, x.shape[-1])
             x = jax.lax.optimization_barrier(jnp.zeros(rows.shape[0], x.dtype)) @ rows
         return jnp.all(jnp.isfinite(x))
