@@ -6,7 +6,7 @@ A convolution and its two gradients are three bilinear maps, and the gradients o
     input         dx = X(dy, k)     gradients C(dx', k) and K(dx', dy)
     weights       dk = K(x, dy)     gradients X(dy, k') and C(x, k')
 
-So three lowerings give derivatives of every order. What is chosen, for one core of an x86 CPU (benchmarks/convolutions.py compares):
+So three lowerings give derivatives of every order. Chosen, and compared by benchmarks/convolutions.py:
 
   * CPU. `C` is XLA's convolution, and so is `X` at stride 1, both in NHWC/HWIO, the one layout it has a fast path for
     inside `scan` and `while_loop` (those that differentiation emits run many times slower). `K` contracts over
