@@ -3,9 +3,10 @@
 A step of an LSTM or GRU is `cell(u_t, h @ w, state)`, elementwise but for the product `h @ w`; the
 products with the inputs, `u`, do not depend on the state and are one matmul before the loop. The same is
 done backwards: differentiating the loop would add an [H, G] matrix to its carry at every step, where
-here the loop only emits the cotangents of `h @ w`, and the gradient of `w` is one matmul after it.
+here the loop only emits the cotangents of `h @ w`, and the gradient of `w` is one matmul after it. Nor do
+the derivatives of a cell wait for the loop: they are taken at all steps at once before it.
 
-Letters: B sequences of T steps, H units, G = 4 H (LSTM) or 3 H (GRU) gate inputs.
+Letters: B sequences of T steps, V tokens in the vocabulary, H units, G = 4 H (LSTM) or 3 H (GRU) gate inputs.
 """
 
 import functools
@@ -27,9 +28,11 @@ def lstm_cell(u: jax.Array, hw: jax.Array, state: tuple[jax.Array, jax.Array]) -
       The next `(h, c)`.
     """
     _, c = state
-    i, f, g, o = jnp.split(u + hw, 4, axis=-1)
-    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-    return jax.nn.sigmoid(o) * jnp.tanh(c), c
+    # sigmoid(x) = (1 + tanh(x / 2)) / 2: all four gates are one tanh, one kernel where there were five.
+    scale = jnp.repeat(jnp.array([0.5, 0.5, 1.0, 0.5], c.dtype), c.shape[-1]).reshape((1,) * (c.ndim - 1) + (-1,))
+    i, f, g, o = jnp.split(jnp.tanh((u + hw) * scale) * scale + (1.0 - scale), 4, axis=-1)
+    c = f * c + i * g
+    return o * jnp.tanh(c), c
 
 
 def gru_cell(u: jax.Array, hw: jax.Array, state: tuple[jax.Array]) -> tuple[jax.Array]:
@@ -46,9 +49,9 @@ def gru_cell(u: jax.Array, hw: jax.Array, state: tuple[jax.Array]) -> tuple[jax.
       The next `(h,)`.
     """
     (h,) = state
-    (r_u, z_u, n_u), (r_h, z_h, n_h) = jnp.split(u, 3, axis=-1), jnp.split(hw, 3, axis=-1)
-    z = jax.nn.sigmoid(z_u + z_h)
-    n = jnp.tanh(n_u + jax.nn.sigmoid(r_u + r_h) * n_h)
+    units = h.shape[-1]
+    r, z = jnp.split(jax.nn.sigmoid(u[..., : 2 * units] + hw[..., : 2 * units]), 2, axis=-1)
+    n = jnp.tanh(u[..., 2 * units :] + r * hw[..., 2 * units :])
     return ((1.0 - z) * n + z * h,)
 
 
@@ -75,33 +78,61 @@ def recur(cell: Callable, u: jax.Array, w: jax.Array, state: tuple[jax.Array, ..
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recur(cell: Callable, u: jax.Array, w: jax.Array, state: tuple) -> tuple:
-    def step(state: tuple, u_t: jax.Array) -> tuple[tuple, tuple]:
-        state = cell(u_t, state[0] @ w, state)
-        return state, state
-
-    return jax.lax.scan(step, state, u)[1]
+    return _recur_fwd(cell, u, w, state)[0]
 
 
 def _recur_fwd(cell: Callable, u: jax.Array, w: jax.Array, state: tuple) -> tuple[tuple, tuple]:
-    states = _recur(cell, u, w, state)
-    return states, (u, w, state, states)
+    def step(state: tuple, u_t: jax.Array) -> tuple[tuple, tuple]:
+        hw = state[0] @ w
+        state = cell(u_t, hw, state)
+        return state, (state, hw)
+
+    states, hw = jax.lax.scan(step, state, u)[1]
+    return states, (u, w, state, states, hw)
 
 
 def _recur_bwd(cell: Callable, residuals: tuple, d_states: tuple) -> tuple:
-    u, w, state, states = residuals
+    u, w, state, states, hw = residuals
     before = jax.tree.map(lambda s, all_s: jnp.concatenate([s[None], all_s[:-1]]), state, states)
-    hw = before[0] @ w  # all steps in one product, in place of saving them
+    pulls = jax.vmap(lambda *step: jax.vjp(cell, *step)[1])(u, hw, before)
+    w_t = jax.lax.optimization_barrier(w.T)  # else a product in the loop may read w against its layout
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
-        u_t, hw_t, before_t, d_state_t = inputs
-        _, pull = jax.vjp(cell, u_t, hw_t, before_t)
+        pull, d_state_t = inputs
         d_u, d_hw, d_before = pull(jax.tree.map(jnp.add, carry, d_state_t))
-        return (d_before[0] + d_hw @ w.T, *d_before[1:]), (d_u, d_hw)
+        # An LSTM's are one and the same, and written once.
+        return (d_before[0] + d_hw @ w_t, *d_before[1:]), (d_u, None if d_hw is d_u else d_hw)
 
-    d_state, (d_u, d_hw) = jax.lax.scan(
-        step, jax.tree.map(jnp.zeros_like, state), (u, hw, before, d_states), reverse=True
-    )
+    d_state, (d_u, d_hw) = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, state), (pulls, d_states), reverse=True)
+    d_hw = d_u if d_hw is None else d_hw
     return d_u, jnp.einsum("tbh,tbg->hg", before[0], d_hw), d_state
 
 
 _recur.defvjp(_recur_fwd, _recur_bwd)
+
+
+@jax.custom_vjp
+def lookup(table: jax.Array, token: jax.Array) -> jax.Array:
+    """Rows of a table, whose gradient is one matmul in place of a scatter, which is slow on CPU.
+
+    Args:
+      table: [V, D]; V is a few thousand at most: the gradient makes a one-hot matrix of the tokens.
+      token: int, any shape, in [0, V); one past the end gives NaN.
+
+    Returns:
+      `table[token]`, [..., D].
+    """
+    return jnp.take(table, token, axis=0)
+
+
+def _lookup_fwd(table: jax.Array, token: jax.Array) -> tuple[jax.Array, tuple]:
+    return lookup(table, token), (token, jnp.zeros((table.shape[0], 0)))
+
+
+def _lookup_bwd(residuals: tuple, d_rows: jax.Array) -> tuple:
+    token, like = residuals
+    hot = jax.nn.one_hot(token.reshape(-1), like.shape[0], dtype=d_rows.dtype)
+    return hot.T @ d_rows.reshape(hot.shape[0], -1), None
+
+
+lookup.defvjp(_lookup_fwd, _lookup_bwd)

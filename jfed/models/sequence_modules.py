@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jfed.models.recurrent import recur
+from jfed.models.recurrent import lookup, recur
 
 
 class RecurrentLayer(nnx.Module):
@@ -23,10 +23,14 @@ class RecurrentLayer(nnx.Module):
         self.recurrent = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (hidden, gates * hidden)))
         self.bias = nnx.Param(jnp.zeros(gates * hidden))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[T, B, in] -> [T, B, H], from a zero state."""
-        u = x @ self.input[...] + self.bias[...].reshape(1, 1, -1)
-        zeros = jnp.zeros((x.shape[1], self.hidden), u.dtype)
+    def project(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., G], the inputs' share of the gates without bias."""
+        return x @ self.input[...]
+
+    def __call__(self, u: jax.Array) -> jax.Array:
+        """[T, B, G] from `project` -> [T, B, H], from a zero state."""
+        u = u + self.bias[...].reshape(1, 1, -1)
+        zeros = jnp.zeros((u.shape[1], self.hidden), u.dtype)
         return recur(self.cell, u, self.recurrent[...], (zeros,) * self.num_states)
 
 
@@ -46,9 +50,14 @@ class CharRNN(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T] int -> [B, T, V]."""
-        h = self.embed(x.T)
-        for i in range(self.layers):
-            h = getattr(self, f"layer_{i}")(h)
+        first, vocabulary = self.layer_0, self.embed.num_embeddings
+        if vocabulary <= x.size:  # the product of every token costs less than that of every position
+            h = first(lookup(first.project(self.embed.embedding[...]), x.T))
+        else:
+            h = first(first.project(self.embed(x.T)))
+        for i in range(1, self.layers):
+            layer = getattr(self, f"layer_{i}")
+            h = layer(layer.project(h))
         return jnp.swapaxes(self.out(h), 0, 1)
 
 

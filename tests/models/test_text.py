@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jfed import models
-from jfed.models.recurrent import gru_cell, lstm_cell, recur
+from jfed.models.recurrent import gru_cell, lookup, lstm_cell, recur
 
 CAUSAL = {
     "char_lstm": models.char_lstm(7, embedding=3, hidden=4),
@@ -98,6 +98,22 @@ def test_recur_has_the_first_and_second_derivatives_of_the_plain_loop(name):
     args, directions = draw(jax.random.key(0)), draw(jax.random.key(1))
     ours, theirs = (jax.jit(derivatives(run))(args, directions) for run in (recur, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+
+
+def test_lookup_has_the_gradients_of_a_gather_and_tells_of_a_token_past_the_end():
+    table, weight = jax.random.normal(jax.random.key(0), (5, 3)), jax.random.normal(jax.random.key(1), (2, 4, 3))
+    token = jnp.array([[0, 4, 4, 1], [3, 3, 0, 4]])
+    ours = jax.grad(lambda t: jnp.sum(jnp.sin(lookup(t, token)) * weight))(table)
+    theirs = jax.grad(lambda t: jnp.sum(jnp.sin(t[token]) * weight))(table)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert jnp.all(jnp.isnan(lookup(table, jnp.array([5]))))
+
+
+def test_long_and_short_batches_of_text_go_two_ways_to_one_result():
+    model = models.char_lstm(20, hidden=4, layers=2)  # 24 positions multiply the table first, 12 do not
+    params, x = model.init(jax.random.key(0)), jax.random.randint(jax.random.key(1), (4, 6), 0, 20)
+    whole, halves = model.apply(params, x), [model.apply(params, half) for half in (x[:2], x[2:])]
+    np.testing.assert_allclose(whole, jnp.concatenate(halves), rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_in_the_transformer_needs_a_key():
