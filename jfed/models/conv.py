@@ -8,11 +8,11 @@ A convolution and its two gradients are three bilinear maps, and the gradients o
 
 So three lowerings give derivatives of every order. Chosen, and compared by benchmarks/convolutions.py:
 
-  * CPU. `C` is XLA's convolution, and so is `X` at stride 1, both in NHWC/HWIO, the one layout it has a fast path for
-    inside `scan` and `while_loop` (those that differentiation emits run many times slower). `K` contracts over
-    all positions of all images; as a convolution that is fast only while there are few of them, so above
-    `_FEW_POSITIONS` it is h matrix products, one a kernel row. `X` at larger strides is one matrix product and
-    shifted sums: nothing is multiplied by the zeros between the strides. One kernel per client is a loop over clients.
+  * CPU. Square kernels of 3 or 5 between many channels, strides 1: Winograd's (`jfed.models.winograd`), in a half
+    to two thirds of the time. Else `C` is XLA's convolution, and so is `X` at stride 1, both in NHWC/HWIO, the one
+    layout it has a fast path for inside `scan` and `while_loop` (those that differentiation emits run many times
+    slower). `K` is h matrix products, one a kernel row. `X` at larger strides is one matrix product and shifted
+    sums: nothing is multiplied by the zeros between the strides. One kernel per client is a loop over clients.
   * GPU and TPU, not measured: XLA's own gradients; with one kernel per client, patches and one batched matrix
     product, because `vmap` would emit a grouped convolution, which cuDNN is reported to run slowly. It holds h w
     copies of its input.
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from jfed import _validate
+from jfed.models import winograd
 
 Padding = str | tuple[tuple[int, int], tuple[int, int]]
 
@@ -65,7 +66,8 @@ def conv2d(
 ) -> jax.Array:
     """Cross-correlation, as `jax.lax.conv_general_dilated`.
 
-    Equal to it in value and in derivatives of every order by reverse mode; works under `jit`, `scan`
+    Equal to it but for rounding (to 1e-5 of the largest entry), in value and in derivatives of every order by
+    reverse mode; works under `jit`, `scan`
     and `vmap`. Forward mode (`jvp`, `jacfwd`, `hessian`) raises a TypeError: write Hessian-vector products as
     `grad(lambda w: vdot(grad(f)(w), v))`.
 
@@ -159,13 +161,18 @@ def _convolve(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
 
 
 def _input_convolution(dy: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
-    def around(k: int, s: int, n: int, m: int, pad: tuple[int, int]) -> tuple[int, int]:
-        return k - 1 - pad[0], n + pad[0] - 1 - (m - 1) * s
-
-    turned = jnp.transpose(kernel[::-1, ::-1], (0, 1, 3, 2))
     return jax.lax.conv_general_dilated(
-        dy, turned, (1, 1), window.each(around), lhs_dilation=window.strides, dimension_numbers=_LAYOUT
+        dy, _turned(kernel), (1, 1), window.each(_around), lhs_dilation=window.strides, dimension_numbers=_LAYOUT
     )
+
+
+def _around(k: int, s: int, n: int, m: int, pad: tuple[int, int]) -> tuple[int, int]:
+    """How `dy` is padded."""
+    return k - 1 - pad[0], n + pad[0] - 1 - (m - 1) * s
+
+
+def _turned(kernel: jax.Array) -> jax.Array:
+    return jnp.transpose(kernel[::-1, ::-1], (0, 1, 3, 2))
 
 
 def _weights_convolution(x: jax.Array, dy: jax.Array, window: _Window) -> jax.Array:
@@ -179,13 +186,31 @@ def _weights_convolution(x: jax.Array, dy: jax.Array, window: _Window) -> jax.Ar
     )
 
 
+def _cpu_forward(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
+    if _few_products(kernel, window):
+        return winograd.forward(_padded(x, window.padding), kernel)
+    return _convolve(x, kernel, window)
+
+
 def _cpu_input(dy: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
+    if _few_products(kernel, window):
+        return winograd.forward(_padded(dy, window.each(_around)), _turned(kernel))
     return (_input_convolution if window.strides == (1, 1) else _matmul_input)(dy, kernel, window)
 
 
+def _few_products(kernel: jax.Array, window: _Window) -> bool:
+    """Whether Winograd's transforms, which cost by the channel, are outweighed by products, by pairs of channels."""
+    h, w, inputs, outputs = kernel.shape
+    wide = min(inputs, outputs) >= 16 and inputs * outputs >= 1024
+    return wide and h == w and h in winograd.POINTS and window.strides == (1, 1) and kernel.dtype.itemsize >= 4
+
+
 def _cpu_weights(x: jax.Array, dy: jax.Array, window: _Window) -> jax.Array:
+    like = jax.ShapeDtypeStruct((*window.kernel, x.shape[3], dy.shape[3]), x.dtype)
+    if _few_products(like, window):
+        return winograd.weights(_padded(x, window.padding), dy)
     # Channels first and rows next, so that the shifts copy whole rows and the products run along them.
-    x = jnp.transpose(_padded(x, window), (3, 1, 0, 2))  # [I, H + top + bottom, B, W + left + right]
+    x = jnp.transpose(_padded(x, window.padding), (3, 1, 0, 2))  # [I, H + top + bottom, B, W + left + right]
     (down, across), (high, wide) = window.strides, window.out
     columns = [x[..., j : j + (wide - 1) * across + 1 : across] for j in range(window.kernel[1])]
     columns = jnp.concatenate(columns)  # [w I, ..., B, W']
@@ -198,14 +223,14 @@ def _cpu_weights(x: jax.Array, dy: jax.Array, window: _Window) -> jax.Array:
 # The same by matrix products, which `vmap` turns into batched ones.
 
 
-def _padded(x: jax.Array, window: _Window) -> jax.Array:
-    (top, bottom), (left, right) = window.padding
+def _padded(x: jax.Array, padding: tuple) -> jax.Array:
+    (top, bottom), (left, right) = padding
     return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (top, bottom, 0), (left, right, 0), (0, 0, 0)))
 
 
 def _patches(x: jax.Array, window: _Window) -> jax.Array:
     """[B, H, W, I] -> [B, H', W', h w I]."""
-    x, (down, across), (high, wide) = _padded(x, window), window.strides, window.out
+    x, (down, across), (high, wide) = _padded(x, window.padding), window.strides, window.out
     seen = [
         x[:, i : i + (high - 1) * down + 1 : down, j : j + (wide - 1) * across + 1 : across] for i, j in window.taps
     ]
@@ -282,7 +307,7 @@ def _bilinear(lowered: Callable) -> jax.custom_vjp:
     return f
 
 
-_forward = _bilinear(_lowered(_convolve, _convolve, _matmul_forward, shared=True))
+_forward = _bilinear(_lowered(_cpu_forward, _convolve, _matmul_forward, shared=True))
 _input = _bilinear(_lowered(_cpu_input, _input_convolution, _matmul_input, shared=True))
 _weights = _bilinear(_lowered(_cpu_weights, _weights_convolution, _matmul_weights, shared=False))
 

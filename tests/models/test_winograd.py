@@ -1,0 +1,77 @@
+"""Winograd's convolution against the sum it stands for, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jfed.models import conv2d, winograd
+
+
+def direct(x, kernel):
+    """The convolution and nothing else, in float64."""
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    r = kernel.shape[0]
+    high, wide = x.shape[1] + 1 - r, x.shape[2] + 1 - r
+    return sum(x[:, i : i + high, j : j + wide] @ kernel[i, j] for i in range(r) for j in range(r))
+
+
+def direct_weights(x, dy):
+    x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+    r, (high, wide) = x.shape[1] + 1 - dy.shape[1], dy.shape[1:3]
+    rows = [[np.einsum("bhwi,bhwo->io", x[:, i : i + high, j : j + wide], dy) for j in range(r)] for i in range(r)]
+    return np.array(rows)
+
+
+def draw(r, images, high, wide, inputs=8, outputs=6):
+    a, b, c = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(a, (images, high, wide, inputs)), jax.random.normal(b, (r, r, inputs, outputs))
+    return x, kernel, jax.random.normal(c, (images, high + 1 - r, wide + 1 - r, outputs))
+
+
+@pytest.mark.parametrize("r", winograd.POINTS)
+def test_the_matrices_multiply_polynomials_exactly(r):
+    data, kernel, output = winograd.matrices(r)
+    x, k = np.random.default_rng(0).normal(size=r + 1), np.random.default_rng(1).normal(size=r)
+    np.testing.assert_allclose(output @ ((kernel @ k) * (data @ x)), np.correlate(x, k), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("r", winograd.POINTS)
+@pytest.mark.parametrize(("images", "high", "wide"), [(2, 8, 9), (1, 7, 6), (winograd.BLOCK + 3, 6, 6)])
+def test_errors_are_within_a_hundred_thousandth_of_the_largest_entry(r, images, high, wide):
+    x, kernel, dy = draw(r, images, high, wide)
+    for got, exact in (
+        (jax.jit(winograd.forward)(x, kernel), direct(x, kernel)),
+        (jax.jit(winograd.weights)(x, dy), direct_weights(x, dy)),
+    ):
+        assert got.shape == exact.shape
+        np.testing.assert_allclose(got, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize(("r", "padding"), [(3, "VALID"), (5, "SAME"), (3, ((0, 2), (3, 1)))])
+def test_conv2d_between_many_channels_takes_it_and_has_the_derivatives_of_lax(r, padding):
+    x, kernel, _ = draw(r, 2, 7, 6, inputs=32, outputs=32)
+
+    def reference(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def derivatives(conv):
+        def value(x, kernel):
+            return jnp.mean(jnp.sin(0.05 * conv(x, kernel)))
+
+        def slope(x, kernel):
+            dx, dk = jax.grad(value, (0, 1))(x, kernel)
+            return jnp.vdot(dx, jnp.cos(x)) + jnp.vdot(dk, jnp.cos(kernel))
+
+        return jax.jit(lambda x, kernel: (value(x, kernel), jax.grad(slope, (0, 1))(x, kernel)))
+
+    ours = derivatives(lambda x, kernel: conv2d(x, kernel, padding=padding))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5 * np.abs(b).max()),
+        ours(x, kernel),
+        derivatives(reference)(x, kernel),
+    )
+    forward = jax.jit(lambda x, kernel: conv2d(x, kernel, padding=padding)).lower(x, kernel).as_text()
+    assert "convolution" not in forward and forward.count("dot_general") == (r + 1) ** 2
+    halves = [v.astype(jnp.bfloat16) for v in (x, kernel)]  # half precision would lose too much
+    assert "convolution" in jax.jit(lambda x, k: conv2d(x, k, padding=padding)).lower(*halves).as_text()
