@@ -70,12 +70,12 @@ def sgd(loss: Loss, optimizer: optax.GradientTransformation, *, batch_size: int,
     _validate.at_least_one("sgd", "epochs", epochs, "a straggler does less by its cohort's `steps`")
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def keys_of(shared: Shared, client: Cohort) -> jax.Array:
-        return jax.random.split(jax.random.fold_in(shared.key, client.ids))
+    def key_of(shared: Shared, client: Cohort) -> jax.Array:
+        return jax.random.fold_in(shared.key, client.ids)
 
     def start_fn(shared: Shared, client: Cohort) -> Carry:
         # Drawn once a client: drawing in every step would cost a small model more than its training.
-        return _start(optimizer, shared)._replace(order=shuffle.draw(keys_of(shared, client)[0]))
+        return _start(optimizer, shared)._replace(order=shuffle.draw(key_of(shared, client)))
 
     def step_fn(shared: Shared, client: Cohort, carry: Carry, t: jax.Array) -> Carry:
         batches = _batches(client.size, batch_size)
@@ -83,7 +83,7 @@ def sgd(loss: Loss, optimizer: optax.GradientTransformation, *, batch_size: int,
         row = client.start + shuffle.position(carry.order, place, client.size, epoch=t // batches)
         batch = tree.take(shared.examples, row)
 
-        loss_key = jax.random.fold_in(keys_of(shared, client)[1], t)
+        loss_key = jax.random.fold_in(key_of(shared, client), t)
         met = _sums(loss, carry.params, batch, real, loss_key)
         carry = carry._replace(loss=carry.loss + met.loss, examples=carry.examples + met.examples)
         return _descend(optimizer, shared, carry, met)

@@ -14,8 +14,14 @@ ROUNDS = 24  # no departure from uniform was seen from 16 on: orders of 2 to 5, 
 
 
 def draw(key: jax.Array) -> jax.Array:
-    """The random words of one permutation for each size: [2, ROUNDS] uint32, pivots and salts."""
-    return jax.random.bits(key, (2, ROUNDS), jnp.uint32)
+    """The random words of one permutation for each size: [2, ROUNDS] uint32, pivots and salts.
+
+    They are scrambled from the key's own words, so that a client costs one kernel: use a key for one order only,
+    besides those folded into it.
+    """
+    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    count = jnp.arange(1, 2 * ROUNDS + 1, dtype=jnp.uint32).reshape(2, ROUNDS)
+    return _mix(_mix(count * jnp.uint32(0x9E3779B9) + data[0]) ^ data[-1])
 
 
 def position(words: jax.Array, index: jax.Array, size: jax.Array, *, epoch: jax.Array | int = 0) -> jax.Array:
@@ -43,7 +49,8 @@ def position(words: jax.Array, index: jax.Array, size: jax.Array, *, epoch: jax.
         partner = jnp.where(partner >= size, partner - size, partner)
         swap = _mix(jnp.maximum(index, partner) ^ salts[r]) >> 31
         index = jnp.where(swap == 1, partner, index)
-    return index.astype(jnp.int32)
+    # This remainder changes nothing but that XLA computes positions once and not anew for every use of them.
+    return index.astype(jnp.int32) % (2**31 - 1)
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -71,8 +71,7 @@ def numpy_sgd_client(params, i, key, *, learning_rate, batch_size, epochs):
     """ClientUpdate of McMahan et al. 2017, Algorithm 1, with the kit's batch order; float64."""
     data = examples_of(i)
     w = {k: np.asarray(v, np.float64) for k, v in params.items()}
-    order_key, _ = jax.random.split(jax.random.fold_in(key, i))
-    words = shuffle.draw(order_key)
+    words = shuffle.draw(jax.random.fold_in(key, i))
     n = int(SIZES[i])
     for epoch in range(epochs):
         order = np.asarray(shuffle.position(words, jnp.arange(n), n, epoch=epoch))
