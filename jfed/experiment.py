@@ -18,7 +18,8 @@ import numpy as np
 
 from jfed import _machine, _validate, checkpoint, clients, mesh, report
 from jfed.core import Algorithm, ClientMap, Population, Tree
-from jfed.run import iterate
+from jfed.data import Source
+from jfed.run import iterate, stream
 from jfed.sampling import Sampler
 
 
@@ -145,7 +146,7 @@ def record(
     run: report.Run,
     algorithm: Algorithm,
     sampler: Sampler,
-    population: Population,
+    population: Population | Source,
     params: Tree,
     key: jax.Array,
     *,
@@ -153,8 +154,9 @@ def record(
     every: int = 1,
     judge: Callable[[Tree], dict[str, Any]] = lambda params: {},
     description: str = "training",
+    **streaming: Any,
 ) -> Iterator[tuple[dict, Tree]]:
-    """Like `run.iterate`, with a progress bar, a row of metrics and a checkpoint in a run folder each time.
+    """Like `run.iterate` or `run.stream`, with a progress bar, a row of metrics and a checkpoint in a run folder each time.
 
     A run killed at any moment and called again with the same arguments takes up its last checkpoint
     and ends in the same bits. The first yield of a resumed run repeats the row it stopped at.
@@ -168,13 +170,14 @@ def record(
       run: from `report.open_run(..., resume=...)`.
       algorithm: the method.
       sampler: `(population, key, t) -> Cohort`.
-      population: the data of all clients.
+      population: the data of all clients, on the device or, as a `Source`, on the host.
       params: the initial model.
       key: the run's key.
       rounds: T.
       every: rounds between rows.
       judge: maps the model to numbers worth a column, such as test accuracy.
       description: a word or two for the bar.
+      **streaming: with a `Source`, the `capacity`, `mesh` and `axis` of `run.stream`.
 
     Yields:
       `(row, params)` after each stretch of `every` rounds.
@@ -199,9 +202,11 @@ def record(
     if start == rounds:
         return
 
+    runs = stream if isinstance(population, Source) else iterate
+    moments = runs(algorithm, sampler, population, state, key, rounds=rounds, start=start, every=every, **streaming)
     began = time.monotonic() - row["seconds"]
     with report.progress(rounds, description, start=start, writer=run.writer) as advance:
-        for moment in iterate(algorithm, sampler, population, state, key, rounds=rounds, start=start, every=every):
+        for moment in moments:
             done = moment.round - row["round"]
             row = {
                 "round": moment.round,

@@ -27,6 +27,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from jfed import _validate
+
 _GRACE = 3.0  # seconds between asking a process to end and ending it
 _SHOWN = 40  # lines of a failed process
 
@@ -45,16 +47,13 @@ def run(script: str, arguments: Sequence[str] = (), *, processes: int, devices_p
       devices_per_process: virtual CPU devices each process has.
 
     Returns:
-      0, or the exit code of the process that failed first (128 + n if signal n ended it).
+      0, or the exit code of the process that failed first, 128 + n if signal n ended it or this process.
 
     Raises:
       ValueError: if a number is not a whole number of at least 1, or there is no such script.
     """
     for name, value in (("processes", processes), ("devices_per_process", devices_per_process)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"launch({name}={value!r}): {name} must be a whole number of at least 1; 2 is a rehearsal."
-            )
+        _validate.at_least_one("launch", name, value, "2 is a rehearsal")
     if not Path(script).is_file():
         raise ValueError(f"launch(script={script!r}): there is no such file; give the path of a Python script.")
 
@@ -68,8 +67,10 @@ def run(script: str, arguments: Sequence[str] = (), *, processes: int, devices_p
     # use too, a process bound to a busy core holds up all.
     env = {"NPROC": str(max(cores // processes, 1))} | os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     children: list[subprocess.Popen] = []
-    before = {signal.SIGINT: signal.getsignal(signal.SIGINT), signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, _interrupted)
+    in_charge = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM) if in_charge}
+    if in_charge:
+        signal.signal(signal.SIGTERM, _interrupted)
     with contextlib.ExitStack() as files:
         logs = [files.enter_context(tempfile.TemporaryFile()) for _ in range(1, processes)]
         outputs = [{}] + [{"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT} for log in logs]
@@ -78,9 +79,9 @@ def run(script: str, arguments: Sequence[str] = (), *, processes: int, devices_p
                 command = [sys.executable, "-m", "jfed.launch", "--child", address, str(processes), str(i)]
                 children.append(subprocess.Popen([*command, script, *arguments], env=env, **output))
             failed = _first_failure(children)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as told:
             print(f"launch: interrupted; ending {processes} processes.", file=sys.stderr)
-            return 128 + signal.SIGINT
+            return 128 + (told.args[0] if told.args else signal.SIGINT)
         finally:
             for signum in before:  # a second signal must not leave children behind; _end is soon over
                 signal.signal(signum, signal.SIG_IGN)
@@ -117,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _interrupted(signum, frame):
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(signum)
 
 
 def _first_failure(children: list[subprocess.Popen]) -> int | None:

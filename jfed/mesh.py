@@ -70,6 +70,17 @@ def use_cores(count: int | None = None) -> None:
             ) from None
 
 
+def devices_along(where: str, mesh: Mesh, axis: str) -> int:
+    """How many devices a mesh has along an axis.
+
+    Raises:
+      ValueError: if it has no such axis; `where` is who asks.
+    """
+    if axis not in mesh.axis_names:
+        raise ValueError(f"{where}(axis={axis!r}): the mesh has axes {mesh.axis_names}; name one of them.")
+    return mesh.shape[axis]
+
+
 def shard_map(*, mesh: Mesh, in_specs, out_specs) -> Callable[[Callable], Callable]:
     """`jax.shard_map` for code that must not know that it runs on many devices.
 

@@ -58,7 +58,8 @@ def by_size(cohort_size: int, *, steps: Steps) -> Sampler:
     """C independent draws, client k with probability n_k / n, averaged with equal weights.
 
     The average is then unbiased for the mean over all examples (Li et al. 2020, arXiv:1907.02189,
-    scheme I). A client drawn twice counts twice.
+    scheme I). A client drawn twice counts twice. Clients of a population of 2^31 rows or more, which
+    only a stream has, weigh NaN: a round counts them under `"dropped"`.
 
     Raises:
       ValueError: if `cohort_size` is not a whole number of at least 1.
@@ -70,7 +71,8 @@ def by_size(cohort_size: int, *, steps: Steps) -> Sampler:
         last_row = jnp.cumsum(population.size)
         row = jax.random.randint(key, (cohort_size,), 0, last_row[-1])
         ids = jnp.searchsorted(last_row, row, side="right")
-        return make_cohort(population, ids, steps=steps, weight=jnp.ones(cohort_size))
+        countable = jnp.all(jnp.diff(last_row) >= 0)  # int32 that wraps falls
+        return make_cohort(population, ids, steps=steps, weight=jnp.where(countable, jnp.ones(cohort_size), jnp.nan))
 
     return sample
 

@@ -53,7 +53,8 @@ def all_finite(tree: Tree) -> jax.Array:
         if x.ndim > 1 and x.size > 10**4:
             # 0 times any number is 0, unless it is not finite. A product is quicker than a reduction of flags.
             rows = x.reshape(-1, x.shape[-1])
-            x = jax.lax.optimization_barrier(jnp.zeros(rows.shape[0], x.dtype)) @ rows
+            nothing = jax.lax.optimization_barrier(jnp.zeros(rows.shape[0], x.dtype))
+            x = jnp.matmul(nothing, rows, precision=jax.lax.Precision.HIGHEST)  # lower, a large number may overflow
         return jnp.all(jnp.isfinite(x))
 
     flags = [one(x) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]

@@ -8,7 +8,7 @@ import problem
 import pytest
 from problem import PARAMS, POPULATION
 
-from jfed import checkpoint, experiment, local, report, run, sampling
+from jfed import checkpoint, data, experiment, local, report, run, sampling
 from jfed.algorithms import fedavgm
 from jfed.clients import lanes
 from jfed.core import Algorithm
@@ -19,7 +19,7 @@ METHOD = fedavgm(WORK, client_map=lanes(3))
 SAMPLER = sampling.uniform(5, steps=WORK.steps)
 
 
-def recorded(folder, rounds, *, stop_after=None, key=KEY, resume=False):
+def recorded(folder, rounds, *, stop_after=None, key=KEY, resume=False, population=POPULATION, **streaming):
     """Rows and final params of a recorded run, left after `stop_after` yields as a kill would leave it."""
     opened = report.open_run(folder, {"rounds": rounds}, resume=resume)
     rows = []
@@ -27,12 +27,13 @@ def recorded(folder, rounds, *, stop_after=None, key=KEY, resume=False):
         opened,
         METHOD,
         SAMPLER,
-        POPULATION,
+        population,
         PARAMS,
         key,
         rounds=rounds,
         every=2,
         judge=lambda params: run.evaluate(problem.metrics, params, POPULATION.examples),
+        **streaming,
     ):
         rows.append(row)
         if len(rows) == stop_after:
@@ -65,6 +66,18 @@ def test_a_recorded_run_equals_the_plain_one_and_leaves_its_rows(tmp_path):
     numbers = 4 * 3 + 3
     assert [row["bytes_up"] for row in rows] == [4 * numbers * 5 * r for r in (2, 4, 5)]
     assert rows[-1]["bytes_down"] == rows[-1]["bytes_up"]
+
+
+def test_a_recorded_run_of_clients_on_the_host_has_the_rows_of_one_on_the_device(tmp_path):
+    rows, params = recorded(tmp_path / "device", 5)
+    examples = jax.tree.map(np.asarray, POPULATION.examples)
+    source = data.on_host(examples, np.asarray(POPULATION.size))
+    streamed, same = recorded(tmp_path / "host", 5, population=source, capacity=len(jax.tree.leaves(examples)[0]))
+    problem.close(same, params)
+    assert [row["round"] for row in streamed] == [2, 4, 5]
+    for ours, theirs in zip(streamed, rows, strict=True):
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
+        assert ours["steps"] == theirs["steps"]
 
 
 def test_a_recorded_run_resumed_ends_in_the_same_bits_and_rows(tmp_path):

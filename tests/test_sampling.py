@@ -6,6 +6,7 @@ from problem import POPULATION, SIZES
 from scipy import stats
 
 from jfed import sampling
+from jfed.core import Population
 
 
 def steps(size):
@@ -100,6 +101,12 @@ def test_by_size_draws_in_proportion_to_examples_and_weighs_equally():
     assert stats.chisquare(counts, SIZES / SIZES.sum() * counts.sum()).pvalue > 1e-3
     assert stats.chisquare(counts).pvalue < 1e-6  # and not uniformly
     assert np.all(np.asarray(cohorts.weight) == 1)
+
+
+def test_by_size_of_more_rows_than_int32_counts_gives_nobody_a_weight_to_report_with():
+    size = jnp.full(3, 2**30, jnp.int32)
+    cohort = sampling.by_size(2, steps=lambda n: n)(Population((), jnp.zeros_like(size), size), jax.random.key(0), 0)
+    assert np.all(np.isnan(cohort.weight))
 
 
 def test_poisson_takes_each_client_independently_at_its_rate():

@@ -39,9 +39,7 @@ def dealt(mesh: Mesh, inner: ClientMap, *, axis: str = "clients") -> ClientMap:
       ValueError: if the mesh has no such axis; when the map meets a cohort whose slots or rows are
         not a multiple of the devices.
     """
-    if axis not in mesh.axis_names:
-        raise ValueError(f"dealt(axis={axis!r}): the mesh has axes {mesh.axis_names}; name one of them.")
-    n = mesh.shape[axis]
+    n = meshes.devices_along("dealt", mesh, axis)
 
     def map_fn(work: ClientWork, shared: Tree, clients: Cohort) -> tuple[Tree, Tree]:
         slots = clients.ids.shape[0]

@@ -31,9 +31,7 @@ def sharded(mesh: Mesh, inner: ClientMap, *, axis: str = "clients") -> ClientMap
     Raises:
       ValueError: if the mesh has no such axis.
     """
-    if axis not in mesh.axis_names:
-        raise ValueError(f"sharded(axis={axis!r}): the mesh has axes {mesh.axis_names}; name one of them.")
-    n = mesh.shape[axis]
+    n = meshes.devices_along("sharded", mesh, axis)
 
     def map_fn(work: ClientWork, shared: Tree, clients: Cohort) -> tuple[Tree, Tree]:
         count = clients.ids.shape[0]

@@ -65,11 +65,13 @@ def choose(work: ClientWork, shared: Tree, clients: Cohort) -> int:
             "which clients.explain shows in one process."
         )
     found: list[Any] = []
+    device = jax.config.jax_default_device  # a context manager sets it for one thread
 
     def elsewhere():
         """Nothing of a trace under way, in which this may be called, reaches another thread."""
         try:
-            found.append(_choice(work, shared, clients))
+            with jax.default_device(device):
+                found.append(_choice(work, shared, clients))
         except BaseException as error:
             found.append(error)
 

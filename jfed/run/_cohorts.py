@@ -33,7 +33,7 @@ def lay_out(cohort: Cohort, hands: np.ndarray, size: np.ndarray, capacity: int) 
     return cohort._replace(start=start.reshape(-1)), owners
 
 
-def block(row: Tree, capacity: int, clients: Iterable[tuple[str, list[np.ndarray]]]) -> list[np.ndarray]:
+def block(where: str, row: Tree, capacity: int, clients: Iterable[tuple[str, list[np.ndarray]]]) -> list[np.ndarray]:
     """Leaves [capacity, ...] with the clients' rows one after another, in the dtypes they have on a device."""
     # Zeros, not whatever memory holds: a lane that has nothing to do still reads a row.
     leaves = [np.zeros((capacity, *one.shape), _on_device(one).dtype) for one in jax.tree.leaves(row)]
@@ -44,7 +44,7 @@ def block(row: Tree, capacity: int, clients: Iterable[tuple[str, list[np.ndarray
             np.copyto(here, part, casting="same_kind")
             if leaf.dtype != part.dtype and leaf.dtype.kind in "iu" and not np.array_equal(here, part):
                 raise ValueError(
-                    f"stream({name}): it holds {part.dtype} values beyond {leaf.dtype}; renumber them, or set "
+                    f"{where}({name}): it holds {part.dtype} values beyond {leaf.dtype}; renumber them, or set "
                     "jax_enable_x64."
                 )
         first += len(rows[0])

@@ -79,7 +79,7 @@ def scan_rounds(
 
 def _scan_rounds(algorithm, sampler, judge, report, rounds, every, population, state, key, start, examples):
     def one_round(state, t):
-        sample_key, round_key = jax.random.split(jax.random.fold_in(key, t))
+        sample_key, round_key = keys_of_round(key, t)
         return algorithm.round(state, sampler(population, sample_key, t), round_key)
 
     def stretch(state, first):
@@ -93,6 +93,11 @@ def _scan_rounds(algorithm, sampler, judge, report, rounds, every, population, s
     state, (metrics, judged) = jax.lax.scan(stretch, state, start + jnp.arange(0, rounds, every))
     metrics = jax.tree.map(lambda m: m.reshape(rounds, *m.shape[2:]), metrics)
     return state, metrics if judge is None else metrics | {"judged": judged}
+
+
+def keys_of_round(key: jax.Array, t: jax.Array) -> jax.Array:
+    """`(sample_key, round_key)` of round `t` of a run: for its sampler and for its algorithm."""
+    return jax.random.split(jax.random.fold_in(key, t))
 
 
 def _numbers(row: dict) -> dict:

@@ -25,9 +25,9 @@ from jfed import _validate
 from jfed.clients.dealt import deal_on_host
 from jfed.core import Algorithm, Cohort, Population, Tree, make_cohort
 from jfed.data.source import Source, check_rows, fetch, row_of
-from jfed.mesh import onto
+from jfed.mesh import devices_along, onto
 from jfed.run._cohorts import block, lay_out, send
-from jfed.run.rounds import Moment
+from jfed.run.rounds import Moment, keys_of_round
 from jfed.sampling import Sampler
 
 _MOST_ROWS = 2**31 - 1  # `start` is int32
@@ -105,13 +105,11 @@ def stream(
             f"stream(source={type(source).__name__}): must be a Source; make one with data.on_host, "
             "data.memory_mapped or data.from_loader, or use run.iterate for a Population on the device."
         )
-    if mesh is not None and axis not in mesh.axis_names:
-        raise ValueError(f"stream(axis={axis!r}): the mesh has axes {mesh.axis_names}; name one of them.")
+    devices = 1 if mesh is None else devices_along("stream", mesh, axis)
     # Beside an accelerator the host draws: on it, the draw would wait for the round under way.
     known = jax.device_put((source.size, np.asarray(jax.random.key_data(key))), _host())
     draw = functools.partial(_draw, sampler, jax.random.key_impl(key), *known)
 
-    devices = 1 if mesh is None else mesh.shape[axis]
     slots = jax.eval_shape(draw, np.int32(0)).ids.shape[0]
     if mesh is not None:
         slots = min(slots, 2 * -(-slots // devices))
@@ -140,7 +138,7 @@ def stream(
             )
 
         def block_of(d: int) -> list[np.ndarray]:
-            return block(source.row, capacity, ((f"client {i}", fetch(source, i)) for i in owners[d].tolist()))
+            return block("stream", source.row, capacity, ((f"client {i}", fetch(source, i)) for i in owners[d].tolist()))
 
         return send(cohort, block_of, source.row, capacity, mesh, axis)
 
@@ -222,7 +220,7 @@ def stream_clients(
         cohort = jax.tree.map(np.asarray, _look_up(steps, *jax.device_put((np.cumsum(size) - size, size), host)))
         real = np.arange(cohort_size) < len(taken)
         cohort = cohort._replace(ids=np.where(real, t * cohort_size + cohort.ids, _NOBODY).astype(np.int32))
-        return send(cohort, lambda _: block(row, capacity, taken), row, capacity, None, "")
+        return send(cohort, lambda _: block("stream_clients", row, capacity, taken), row, capacity, None, "")
 
     return _moments(algorithm, make, state, key, int(start), every, None)
 
@@ -240,15 +238,21 @@ def _moments(
     state, key = onto(state, mesh), onto(key, mesh)
     lies = None if mesh is None else tuple(leaf.sharding for leaf in jax.tree.leaves(state))
     done, metrics, stretch = start, (), []
+    device = jax.config.jax_default_device  # a context manager sets it for one thread
+
+    def made(t: int) -> Cohort | None:
+        with jax.default_device(device):
+            return make(t)
+
     with ThreadPoolExecutor(1, "jfed-stream") as thread:
-        ahead = thread.submit(make, done)
+        ahead = thread.submit(made, done)
         while (cohort := ahead.result()) is not None:
             # Two cohorts are here now; a third is not begun before the round of the first is over.
             jax.block_until_ready(metrics)
             state, metrics = _one_round(state, cohort, key, np.int32(done), algorithm=algorithm, lies=lies)
             del cohort
             done += 1
-            ahead = thread.submit(make, done)
+            ahead = thread.submit(made, done)
             stretch.append(metrics)
             if done % every == 0:
                 yield Moment(done, state, _stacked(stretch))
@@ -262,7 +266,7 @@ def _one_round(
     state: Tree, cohort: Cohort, key: jax.Array, t: jax.Array, *, algorithm: Algorithm, lies: tuple | None
 ) -> tuple[Tree, dict]:
     """A round as `scan_rounds` runs it; with a mesh, `lies` says where each leaf of the state lies before and after."""
-    _, round_key = jax.random.split(jax.random.fold_in(key, t))
+    _, round_key = keys_of_round(key, t)
     state, metrics = algorithm.round(state, cohort, round_key)
     if lies is not None:
         # Left to the compiler, a leaf might come back elsewhere, and the next round be another program.
@@ -274,7 +278,7 @@ def _one_round(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _draw(sampler: Sampler, impl: str, size: jax.Array, key_data: jax.Array, t: jax.Array) -> Cohort:
-    sample_key, _ = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(key_data, impl=impl), t))
+    sample_key, _ = keys_of_round(jax.random.wrap_key_data(key_data, impl=impl), t)
     return sampler(Population((), jnp.zeros_like(size), size), sample_key, t)._replace(examples=())
 
 
