@@ -154,9 +154,9 @@ def record(
     every: int = 1,
     judge: Callable[[Tree], dict[str, Any]] = lambda params: {},
     description: str = "training",
-    **streaming: Any,
+    streaming: dict[str, Any] | None = None,
 ) -> Iterator[tuple[dict, Tree]]:
-    """Like `run.iterate` or `run.stream`, with a progress bar, a row of metrics and a checkpoint in a run folder each time.
+    """Like `run.iterate`, or `run.stream`, with a progress bar, metrics and checkpoints in a run folder.
 
     A run killed at any moment and called again with the same arguments takes up its last checkpoint
     and ends in the same bits. The first yield of a resumed run repeats the row it stopped at.
@@ -177,14 +177,19 @@ def record(
       every: rounds between rows.
       judge: maps the model to numbers worth a column, such as test accuracy.
       description: a word or two for the bar.
-      **streaming: with a `Source`, the `capacity`, `mesh` and `axis` of `run.stream`.
+      streaming: with a `Source`, which of `run.stream`'s `capacity`, `mesh` and `axis` to set.
 
     Yields:
       `(row, params)` after each stretch of `every` rounds.
 
     Raises:
-      ValueError: if the run's last checkpoint is damaged or belongs to another run.
+      ValueError: if the run's last checkpoint is damaged or belongs to another run, or `streaming` is given
+        for a population on the device.
     """
+    if streaming and not isinstance(population, Source):
+        raise ValueError(
+            f"record(streaming={streaming}): the population is on the device; leave it out, or pass a Source."
+        )
     state, start = algorithm.init(params), 0
     row = {"round": 0, "bytes_up": 0, "bytes_down": 0, "seconds": 0.0}
     if checkpoint.latest(run.checkpoints) is not None:
@@ -202,8 +207,9 @@ def record(
     if start == rounds:
         return
 
+    how = {"rounds": rounds, "start": start, "every": every} | (streaming or {})
     runs = stream if isinstance(population, Source) else iterate
-    moments = runs(algorithm, sampler, population, state, key, rounds=rounds, start=start, every=every, **streaming)
+    moments = runs(algorithm, sampler, population, state, key, **how)
     began = time.monotonic() - row["seconds"]
     with report.progress(rounds, description, start=start, writer=run.writer) as advance:
         for moment in moments:

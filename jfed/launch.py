@@ -38,7 +38,7 @@ def run(script: str, arguments: Sequence[str] = (), *, processes: int, devices_p
 
     The first process has this one's standard input and output. Of the others, output is kept, and its end
     shown on standard error, each line with the process's number, if one of them fails. When one fails,
-    or this process is interrupted or told to end, the others are ended.
+    or this process is interrupted or told to end (if this is its main thread), the others are ended.
 
     Args:
       script: path of a Python script.
@@ -81,7 +81,7 @@ def run(script: str, arguments: Sequence[str] = (), *, processes: int, devices_p
             failed = _first_failure(children)
         except KeyboardInterrupt as told:
             print(f"launch: interrupted; ending {processes} processes.", file=sys.stderr)
-            return 128 + (told.args[0] if told.args else signal.SIGINT)
+            return 128 + getattr(told, "signum", signal.SIGINT)
         finally:
             for signum in before:  # a second signal must not leave children behind; _end is soon over
                 signal.signal(signum, signal.SIG_IGN)
@@ -117,8 +117,12 @@ def main(argv: Sequence[str]) -> int:
         return 2
 
 
+class _Told(KeyboardInterrupt):
+    signum = signal.SIGTERM
+
+
 def _interrupted(signum, frame):
-    raise KeyboardInterrupt(signum)
+    raise _Told
 
 
 def _first_failure(children: list[subprocess.Popen]) -> int | None:

@@ -70,9 +70,10 @@ def by_size(cohort_size: int, *, steps: Steps) -> Sampler:
         # Integer cumulative sizes: float32 probabilities of a million clients would not add up.
         last_row = jnp.cumsum(population.size)
         row = jax.random.randint(key, (cohort_size,), 0, last_row[-1])
-        ids = jnp.searchsorted(last_row, row, side="right")
-        countable = jnp.all(jnp.diff(last_row) >= 0)  # int32 that wraps falls
-        return make_cohort(population, ids, steps=steps, weight=jnp.where(countable, jnp.ones(cohort_size), jnp.nan))
+        countable = jnp.all(last_row[1:] >= last_row[:-1])  # sums that wrap fall
+        ids = jnp.where(countable, jnp.searchsorted(last_row, row, side="right"), 0)
+        cohort = make_cohort(population, ids, steps=steps, weight=jnp.ones(cohort_size))
+        return cohort._replace(weight=jnp.where(countable, cohort.weight, jnp.nan))
 
     return sample
 

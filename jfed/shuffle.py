@@ -16,8 +16,8 @@ ROUNDS = 24  # no departure from uniform was seen from 16 on: orders of 2 to 5, 
 def draw(key: jax.Array) -> jax.Array:
     """The random words of one permutation for each size: [2, ROUNDS] uint32, pivots and salts.
 
-    They are scrambled from the key's own words, so that a client costs one kernel: use a key for one order only,
-    besides those folded into it.
+    They are scrambled from the key's own words, so that a client costs one kernel: draw nothing else from this
+    key itself. Keys folded from it are independent.
     """
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     count = jnp.arange(1, 2 * ROUNDS + 1, dtype=jnp.uint32).reshape(2, ROUNDS)

@@ -42,6 +42,9 @@ def zeros(shapes: Tree, leading: tuple[int, ...] = ()) -> Tree:
     return jax.tree.map(lambda s: jnp.zeros(leading + tuple(s.shape), s.dtype), shapes)
 
 
+_LARGE = 10**4  # entries; below, a product takes longer to start than flags to reduce
+
+
 def all_finite(tree: Tree) -> jax.Array:
     """Whether no floating leaf holds a NaN or an infinity; [] bool.
 
@@ -50,7 +53,7 @@ def all_finite(tree: Tree) -> jax.Array:
     """
 
     def one(x: jax.Array) -> jax.Array:
-        if x.ndim > 1 and x.size > 10**4:
+        if x.ndim > 1 and x.size > _LARGE:
             # 0 times any number is 0, unless it is not finite. A product is quicker than a reduction of flags.
             rows = x.reshape(-1, x.shape[-1])
             nothing = jax.lax.optimization_barrier(jnp.zeros(rows.shape[0], x.dtype))

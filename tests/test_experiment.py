@@ -19,7 +19,7 @@ METHOD = fedavgm(WORK, client_map=lanes(3))
 SAMPLER = sampling.uniform(5, steps=WORK.steps)
 
 
-def recorded(folder, rounds, *, stop_after=None, key=KEY, resume=False, population=POPULATION, **streaming):
+def recorded(folder, rounds, *, stop_after=None, key=KEY, resume=False, population=POPULATION, streaming=None):
     """Rows and final params of a recorded run, left after `stop_after` yields as a kill would leave it."""
     opened = report.open_run(folder, {"rounds": rounds}, resume=resume)
     rows = []
@@ -33,7 +33,7 @@ def recorded(folder, rounds, *, stop_after=None, key=KEY, resume=False, populati
         rounds=rounds,
         every=2,
         judge=lambda params: run.evaluate(problem.metrics, params, POPULATION.examples),
-        **streaming,
+        streaming=streaming,
     ):
         rows.append(row)
         if len(rows) == stop_after:
@@ -72,8 +72,13 @@ def test_a_recorded_run_of_clients_on_the_host_has_the_rows_of_one_on_the_device
     rows, params = recorded(tmp_path / "device", 5)
     examples = jax.tree.map(np.asarray, POPULATION.examples)
     source = data.on_host(examples, np.asarray(POPULATION.size))
-    streamed, same = recorded(tmp_path / "host", 5, population=source, capacity=len(jax.tree.leaves(examples)[0]))
+    host = {"population": source, "streaming": {"capacity": int(source.size.sum())}}
+    streamed, same = recorded(tmp_path / "host", 5, **host)
     problem.close(same, params)
+    recorded(tmp_path / "cut", 5, stop_after=1, **host)
+    problem.close(recorded(tmp_path / "cut", 5, resume=True, **host)[1], same, tolerance=0)
+    with pytest.raises(ValueError, match=r"record\(streaming=.*: the population is on the device; leave it out"):
+        recorded(tmp_path / "wrong", 5, streaming={"capacity": 9})
     assert [row["round"] for row in streamed] == [2, 4, 5]
     for ours, theirs in zip(streamed, rows, strict=True):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)

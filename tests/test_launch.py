@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -78,6 +79,14 @@ def test_the_failure_of_one_ends_all_and_is_told(tmp_path, what, code, told):
     assert told in err
     assert "[1] process 1 of 2 with 6 devices" in err
     assert not any(map(alive, processes_of(tmp_path)))
+
+
+@pytest.mark.slow
+def test_it_runs_in_a_thread_too(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys; sys.exit(3)")
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(launch.run, str(script), processes=1).result() == 3
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

@@ -103,7 +103,7 @@ def test_by_size_draws_in_proportion_to_examples_and_weighs_equally():
     assert np.all(np.asarray(cohorts.weight) == 1)
 
 
-def test_by_size_of_more_rows_than_int32_counts_gives_nobody_a_weight_to_report_with():
+def test_by_size_weighs_nan_where_rows_are_more_than_int32_counts():
     size = jnp.full(3, 2**30, jnp.int32)
     cohort = sampling.by_size(2, steps=lambda n: n)(Population((), jnp.zeros_like(size), size), jax.random.key(0), 0)
     assert np.all(np.isnan(cohort.weight))

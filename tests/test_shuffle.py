@@ -47,6 +47,20 @@ def test_the_orders_of_two_epochs_know_nothing_of_each_other(epochs):
     assert len(pairs) == 36 and p_value_of_uniform(pairs) > 1e-3
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_orders_of_neighbouring_clients_are_equally_likely_and_know_nothing_of_each_other(impl):
+    """As `local.sgd` draws them: keys folded from one by the client's number."""
+    of = jax.vmap(lambda i: shuffle.position(shuffle.draw(jax.random.fold_in(key, i)), jnp.arange(3), jnp.int32(3)))
+    key = jax.random.key(5, impl=impl)
+    first, second = np.asarray(jax.jit(of)(jnp.arange(24_000))).reshape(-1, 2, 3).swapaxes(0, 1) @ (10 ** np.arange(3))
+    pairs = np.unique(np.stack([first, second]), axis=1, return_counts=True)[1]
+    assert len(pairs) == 36 and p_value_of_uniform(pairs) > 1e-3
+
+
+def test_a_raw_key_draws_what_the_key_does():
+    np.testing.assert_array_equal(shuffle.draw(jax.random.key_data(KEYS[0])), shuffle.draw(KEYS[0]))
+
+
 def test_a_shuffle_of_too_few_rounds_would_be_noticed(monkeypatch):
     monkeypatch.setattr(shuffle, "ROUNDS", 3)
     jax.clear_caches()

@@ -1,5 +1,7 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jfed import tree
 
@@ -33,6 +35,14 @@ def test_all_finite_sees_a_nan_or_an_infinity_in_any_leaf_and_ignores_integers()
     assert tree.all_finite(ROWS)
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
         assert not tree.all_finite({**ROWS, "a": ROWS["a"].at[1, 1].set(bad)})
+
+
+@pytest.mark.parametrize(("value", "finite"), [(jnp.nan, False), (-jnp.inf, False), (jnp.finfo(jnp.float32).max, True)])
+def test_all_finite_of_a_large_leaf(value, finite):
+    leaf = jnp.zeros((2, 100, 101)).at[1, 70, 3].set(value)
+    assert leaf.size > tree._LARGE
+    assert bool(tree.all_finite({"a": leaf, "b": jnp.ones(3)})) is finite
+    assert jax.vmap(tree.all_finite)(jnp.stack([leaf, jnp.zeros_like(leaf)])).tolist() == [finite, True]
 
 
 def test_nbytes_counts_every_leaf_in_its_own_dtype():

@@ -2,7 +2,7 @@
 
 The command line names a JSON file: the task's numbers, and the folder of its arrays. Then, one line each
 way: `round` trains the next cohort and is answered by `{"seconds"}`; `loss` and `finish` are answered by
-`{"loss"}`, the mean cross-entropy of the global model over some thousand examples, and `finish` ends the peer.
+`{"loss"}`, the mean cross-entropy of the global model over `JUDGED` examples, and `finish` ends the peer.
 The first round builds and compiles, its time counted from when the arrays are in memory.
 
 Numpy only: peers run in environments of their own.

@@ -114,7 +114,7 @@ def losses(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def total_loss(job: Job, model: nn.Module) -> float:
-    """The mean over all examples."""
+    """The mean over the examples that are judged."""
 
     @torch.no_grad()
     def of(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -257,7 +257,7 @@ def _stand_in(x: Any) -> jax.Array:
 def _name(program: Any, widths: list[int]) -> str:
     """What a choice is remembered by: the program, what there was to choose from, the machine, the versions."""
     text = re.sub(r"0x[0-9a-f]+", "", str(program.jaxpr))  # addresses of functions differ by process
-    device = jax.devices()[0]
+    (device,) = jnp.zeros(()).devices()
     where = (device.platform, device.device_kind, jax.local_device_count(), os.cpu_count())
     return hashlib.sha256(repr((text, widths, where, jax.__version__, _machine.version())).encode()).hexdigest()
 

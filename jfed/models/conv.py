@@ -66,9 +66,10 @@ def conv2d(
 ) -> jax.Array:
     """Cross-correlation, as `jax.lax.conv_general_dilated`.
 
-    Equal to it but for rounding (to 1e-5 of the largest entry), in value and in derivatives of every order by
-    reverse mode; works under `jit`, `scan`
-    and `vmap`. Forward mode (`jvp`, `jacfwd`, `hessian`) raises a TypeError: write Hessian-vector products as
+    Equal to it but for rounding, in value and in derivatives of every order by reverse mode; works under `jit`,
+    `scan` and `vmap`. On a CPU, between many channels, sums are taken in Winograd's order: float32 entries are within
+    1e-5 of the largest, and a value that is not finite may reach a neighbouring output. Forward mode (`jvp`,
+    `jacfwd`, `hessian`) raises a TypeError: write Hessian-vector products as
     `grad(lambda w: vdot(grad(f)(w), v))`.
 
     Args:
@@ -187,27 +188,27 @@ def _weights_convolution(x: jax.Array, dy: jax.Array, window: _Window) -> jax.Ar
 
 
 def _cpu_forward(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
-    if _few_products(kernel, window):
+    if _winograd_pays(x, *kernel.shape[2:], window):
         return winograd.forward(_padded(x, window.padding), kernel)
     return _convolve(x, kernel, window)
 
 
 def _cpu_input(dy: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
-    if _few_products(kernel, window):
+    if _winograd_pays(dy, *kernel.shape[2:], window):
         return winograd.forward(_padded(dy, window.each(_around)), _turned(kernel))
     return (_input_convolution if window.strides == (1, 1) else _matmul_input)(dy, kernel, window)
 
 
-def _few_products(kernel: jax.Array, window: _Window) -> bool:
-    """Whether Winograd's transforms, which cost by the channel, are outweighed by products, by pairs of channels."""
-    h, w, inputs, outputs = kernel.shape
-    wide = min(inputs, outputs) >= 16 and inputs * outputs >= 1024
-    return wide and h == w and h in winograd.POINTS and window.strides == (1, 1) and kernel.dtype.itemsize >= 4
+def _winograd_pays(images: jax.Array, inputs: int, outputs: int, window: _Window) -> bool:
+    """Whether it applies, and its transforms, which cost by the channel, save more in products, by pairs of them."""
+    h, w = window.kernel
+    applies = h == w and h in winograd.POINTS and window.strides == (1, 1) and min(images.shape[0], *window.out) > 0
+    accurate = images.dtype in (jnp.float32, jnp.float64)  # half precision would lose too much
+    return applies and accurate and min(inputs, outputs) >= 16 and inputs * outputs >= 1024
 
 
 def _cpu_weights(x: jax.Array, dy: jax.Array, window: _Window) -> jax.Array:
-    like = jax.ShapeDtypeStruct((*window.kernel, x.shape[3], dy.shape[3]), x.dtype)
-    if _few_products(like, window):
+    if _winograd_pays(x, x.shape[3], dy.shape[3], window):
         return winograd.weights(_padded(x, window.padding), dy)
     # Channels first and rows next, so that the shifts copy whole rows and the products run along them.
     x = jnp.transpose(_padded(x, window.padding), (3, 1, 0, 2))  # [I, H + top + bottom, B, W + left + right]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 
 def lstm_cell(u: jax.Array, hw: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -73,42 +74,62 @@ def recur(cell: Callable, u: jax.Array, w: jax.Array, state: tuple[jax.Array, ..
     >>> recur(lstm_cell, u, w, (zeros, zeros)).shape
     (7, 2, 3)
     """
-    return _recur(cell, u, w, state)[0]
+    return _recur(cell, u, w, state)[0][0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recur(cell: Callable, u: jax.Array, w: jax.Array, state: tuple) -> tuple:
-    return _recur_fwd(cell, u, w, state)[0]
+def _recur(cell: Callable, u: jax.Array, w: jax.Array, state: tuple) -> tuple[tuple, jax.Array]:
+    """The states after every step, and `h @ w` before each."""
 
-
-def _recur_fwd(cell: Callable, u: jax.Array, w: jax.Array, state: tuple) -> tuple[tuple, tuple]:
     def step(state: tuple, u_t: jax.Array) -> tuple[tuple, tuple]:
         hw = state[0] @ w
         state = cell(u_t, hw, state)
         return state, (state, hw)
 
-    states, hw = jax.lax.scan(step, state, u)[1]
-    return states, (u, w, state, states, hw)
+    return jax.lax.scan(step, state, u)[1]
 
 
-def _recur_bwd(cell: Callable, residuals: tuple, d_states: tuple) -> tuple:
+def _recur_fwd(cell: Callable, *primals: tuple) -> tuple[tuple, tuple]:
+    u, w, state = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
+    states, hw = _recur(cell, u, w, state)
+    return (states, hw), (u, w, state, states, hw)
+
+
+def _recur_bwd(cell: Callable, residuals: tuple, cotangents: tuple) -> tuple:
     u, w, state, states, hw = residuals
+    # Only a second derivative has cotangents of `h @ w`; adding zeros in every step would cost.
+    d_states, further = jax.tree.map(_unless_zero, cotangents, is_leaf=_is_zero)
+    d_states = jax.tree.map(lambda d, s: jnp.zeros_like(s) if d is None else d, d_states, states, is_leaf=_is_none)
     before = jax.tree.map(lambda s, all_s: jnp.concatenate([s[None], all_s[:-1]]), state, states)
     pulls = jax.vmap(lambda *step: jax.vjp(cell, *step)[1])(u, hw, before)
     w_t = jax.lax.optimization_barrier(w.T)  # else a product in the loop may read w against its layout
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
-        pull, d_state_t = inputs
+        pull, d_state_t, further_t = inputs
         d_u, d_hw, d_before = pull(jax.tree.map(jnp.add, carry, d_state_t))
+        d_hw = d_hw if further_t is None else d_hw + further_t
         # An LSTM's are one and the same, and written once.
         return (d_before[0] + d_hw @ w_t, *d_before[1:]), (d_u, None if d_hw is d_u else d_hw)
 
-    d_state, (d_u, d_hw) = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, state), (pulls, d_states), reverse=True)
+    start = jax.tree.map(jnp.zeros_like, state)
+    d_state, (d_u, d_hw) = jax.lax.scan(step, start, (pulls, d_states, further), reverse=True)
     d_hw = d_u if d_hw is None else d_hw
     return d_u, jnp.einsum("tbh,tbg->hg", before[0], d_hw), d_state
 
 
-_recur.defvjp(_recur_fwd, _recur_bwd)
+def _is_zero(x: object) -> bool:
+    return isinstance(x, SymbolicZero)
+
+
+def _is_none(x: object) -> bool:
+    return x is None
+
+
+def _unless_zero(x: object) -> object:
+    return None if _is_zero(x) else x
+
+
+_recur.defvjp(_recur_fwd, _recur_bwd, symbolic_zeros=True)
 
 
 @jax.custom_vjp
@@ -116,7 +137,7 @@ def lookup(table: jax.Array, token: jax.Array) -> jax.Array:
     """Rows of a table, whose gradient is one matmul in place of a scatter, which is slow on CPU.
 
     Args:
-      table: [V, D]; V is a few thousand at most: the gradient makes a one-hot matrix of the tokens.
+      table: [V, D]; V should be small: the gradient makes a one-hot matrix of the tokens.
       token: int, any shape, in [0, V); one past the end gives NaN.
 
     Returns:
@@ -126,13 +147,14 @@ def lookup(table: jax.Array, token: jax.Array) -> jax.Array:
 
 
 def _lookup_fwd(table: jax.Array, token: jax.Array) -> tuple[jax.Array, tuple]:
-    return lookup(table, token), (token, jnp.zeros((table.shape[0], 0)))
+    return lookup(table, token), (token, table)
 
 
 def _lookup_bwd(residuals: tuple, d_rows: jax.Array) -> tuple:
-    token, like = residuals
-    hot = jax.nn.one_hot(token.reshape(-1), like.shape[0], dtype=d_rows.dtype)
-    return hot.T @ d_rows.reshape(hot.shape[0], -1), None
+    token, table = residuals
+    hot = jax.nn.one_hot(token.reshape(-1), table.shape[0], dtype=d_rows.dtype)
+    d_rows = d_rows.reshape(hot.shape[0], table.shape[1])
+    return jnp.matmul(hot.T, d_rows, precision=jax.lax.Precision.HIGHEST), None  # as exact as the scatter
 
 
 lookup.defvjp(_lookup_fwd, _lookup_bwd)

@@ -51,7 +51,8 @@ class CharRNN(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T] int -> [B, T, V]."""
         first, vocabulary = self.layer_0, self.embed.num_embeddings
-        if vocabulary <= x.size:  # the product of every token costs less than that of every position
+        # The product of every token, in place of every position; backwards, V products a position in place of two.
+        if vocabulary <= min(x.size, 16 * self.embed.features):
             h = first(lookup(first.project(self.embed.embedding[...]), x.T))
         else:
             h = first(first.project(self.embed(x.T)))

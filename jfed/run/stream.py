@@ -138,7 +138,9 @@ def stream(
             )
 
         def block_of(d: int) -> list[np.ndarray]:
-            return block("stream", source.row, capacity, ((f"client {i}", fetch(source, i)) for i in owners[d].tolist()))
+            return block(
+                "stream", source.row, capacity, ((f"client {i}", fetch(source, i)) for i in owners[d].tolist())
+            )
 
         return send(cohort, block_of, source.row, capacity, mesh, axis)
 

@@ -89,6 +89,14 @@ def test_a_width_that_does_not_fit_the_memory_is_not_tried(monkeypatch):
     assert width._measure(WORK, SHARED, tree.take(CLIENTS, 0), [1, 4]) == 1
 
 
+def test_it_measures_on_the_device_that_is_the_default_where_it_is_asked(monkeypatch):
+    used = []
+    monkeypatch.setattr(width, "_measure", lambda *args: used.append(jnp.zeros(()).devices()) or 4)
+    with jax.default_device(jax.devices()[3]):
+        width.choose(WORK, SHARED, CLIENTS)
+    assert used == [{jax.devices()[3]}]
+
+
 @pytest.mark.slow
 def test_it_measures_where_a_learning_rate_is_traced_and_where_devices_are_many():
     def trained(learning_rate, client_map):

@@ -37,9 +37,17 @@ def test_the_matrices_multiply_polynomials_exactly(r):
 
 
 @pytest.mark.parametrize("r", winograd.POINTS)
-@pytest.mark.parametrize(("images", "high", "wide"), [(2, 8, 9), (1, 7, 6), (winograd.BLOCK + 3, 6, 6)])
-def test_errors_are_within_a_hundred_thousandth_of_the_largest_entry(r, images, high, wide):
-    x, kernel, dy = draw(r, images, high, wide)
+@pytest.mark.parametrize(
+    ("images", "high", "wide", "inputs", "outputs", "block"),
+    [(2, 8, 9, 8, 6, None), (1, 7, 6, 8, 6, None), (7, 6, 6, 8, 6, 3), (40, 14, 14, 32, 64, 16)],
+)
+def test_errors_are_within_a_hundred_thousandth_of_the_largest_entry(
+    r, images, high, wide, inputs, outputs, block, monkeypatch
+):
+    x, kernel, dy = draw(r, images, high, wide, inputs, outputs)
+    if block is not None:  # a few images at a time, the last time fewer
+        each = winograd._tile_bytes(r, *dy.shape[1:3], inputs + outputs, x.dtype)
+        monkeypatch.setattr(winograd, "BLOCK", block * each)
     for got, exact in (
         (jax.jit(winograd.forward)(x, kernel), direct(x, kernel)),
         (jax.jit(winograd.weights)(x, dy), direct_weights(x, dy)),
@@ -73,5 +81,36 @@ def test_conv2d_between_many_channels_takes_it_and_has_the_derivatives_of_lax(r,
     )
     forward = jax.jit(lambda x, kernel: conv2d(x, kernel, padding=padding)).lower(x, kernel).as_text()
     assert "convolution" not in forward and forward.count("dot_general") == (r + 1) ** 2
-    halves = [v.astype(jnp.bfloat16) for v in (x, kernel)]  # half precision would lose too much
-    assert "convolution" in jax.jit(lambda x, k: conv2d(x, k, padding=padding)).lower(*halves).as_text()
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
+def test_many_clients_have_the_gradients_of_lax(axes):
+    x, kernel, _ = draw(3, 2, 6, 5, inputs=32, outputs=32)
+    args = tuple(a if axis is None else jnp.stack([a, 2 * a, -a]) for a, axis in zip((x, kernel), axes, strict=True))
+
+    def gradients(conv):
+        return jax.jit(jax.vmap(jax.grad(lambda x, k: jnp.sum(jnp.sin(0.05 * conv(x, k))), (0, 1)), axes))(*args)
+
+    def reference(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5 * np.abs(b).max()),
+        gradients(conv2d),
+        gradients(reference),
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bfloat16])
+def test_whole_numbers_and_half_precision_are_left_to_the_direct_sum(dtype):
+    x, kernel = jnp.ones((1, 6, 6, 32), dtype), jnp.ones((3, 3, 32, 32), dtype)
+    text = jax.jit(lambda x, k: conv2d(x, k, padding="VALID")).lower(x, kernel).as_text()
+    assert "convolution" in text and "dot_general" not in text
+
+
+@pytest.mark.parametrize(("images", "side"), [(0, 6), (2, 2)])
+def test_without_images_or_outputs_the_result_is_empty(images, side):
+    x, kernel = jnp.ones((images, side, side, 32)), jnp.ones((3, 3, 32, 32))
+    out = max(side - 2, 0)
+    assert conv2d(x, kernel, padding="VALID").shape == (images, out, out, 32)
+    assert np.all(np.asarray(jax.grad(lambda k: conv2d(x, k, padding="VALID").sum())(kernel)) == 0)

@@ -64,6 +64,14 @@ def test_a_streamed_run_is_the_run_on_the_device():
     problem.close(list(stream(METHOD, SAMPLER, rounds=4, every=2)), expected, tolerance=1e-6)
 
 
+def test_cohorts_go_to_the_device_that_is_the_default_where_the_run_is(monkeypatch):
+    module, sent = sys.modules["jfed.run.stream"], []
+    monkeypatch.setattr(module, "send", lambda *args, send=module.send: sent.append(send(*args)) or sent[-1])
+    with jax.default_device(jax.devices()[3]):
+        list(stream(rounds=2))
+    assert {device for cohort in sent for device in cohort.ids.devices()} == {jax.devices()[3]}
+
+
 def test_a_streamed_run_may_be_cut_and_taken_up_anywhere():
     whole = list(stream(METHOD, SAMPLER, rounds=5, every=2))
     half = list(stream(METHOD, SAMPLER, rounds=3, every=2))
