@@ -1,4 +1,8 @@
-"""Flower: its FedAvg strategy over its simulation on Ray, one actor a core, a thread each.
+"""Flower: its FedAvg strategy over its simulation on Ray.
+
+Variants: "tuned" has one actor a core, a thread each, which keeps the model and steps by hand; "tutorial" has the
+simulation's default resources, two CPUs a client, and trains as Flower's PyTorch tutorial does: a new model, a
+DataLoader and an optimizer for every client of every round.
 
 Data lie in each actor's memory. There is one virtual node a client of the COHORT and the server tells it
 whom to play, which is lighter on Flower than a node for each client of the population. No evaluation, no logs.
@@ -16,25 +20,42 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from protocol import load, open_channel
-from torch_models import client_at, model_of, total_loss
+from torch.utils.data import DataLoader, TensorDataset
+from torch_models import Client, client_at, losses, model_of, total_loss
 
 app = ClientApp()
 
 
 @app.train()
 def train(message: Message, context) -> Message:
-    """One client's epoch, in an actor that keeps model and data between calls."""
+    """One client's epoch, in an actor that keeps the data between calls."""
     config = message.content["config"]
-    client = client_at(config["job"])
-    torch.set_num_threads(1)
-    client.model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    i = config["client"]
-    client.train(i)
+    client, arrays, i = client_at(config["job"]), message.content["arrays"].to_torch_state_dict(), config["client"]
+    if client.job.variant == "tuned":
+        torch.set_num_threads(1)
+        client.model.load_state_dict(arrays)
+        client.train(i)
+        model = client.model
+    else:
+        model = model_of(client.job)
+        model.load_state_dict(arrays)
+        as_in_the_tutorial(client, model, i)
     content = {
-        "arrays": ArrayRecord(client.model.state_dict()),
+        "arrays": ArrayRecord(model.state_dict()),
         "metrics": MetricRecord({"num-examples": int(client.job.size[i])}),
     }
     return Message(content=RecordDict(content), reply_to=message)
+
+
+def as_in_the_tutorial(client: Client, model: torch.nn.Module, i: int) -> None:
+    """One client's epoch with what PyTorch has for it."""
+    rows = slice(int(client.job.start[i]), int(client.job.start[i] + client.job.size[i]))
+    examples = TensorDataset(client.x[rows], client.y[rows])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=client.job.learning_rate)
+    for x, y in DataLoader(examples, batch_size=client.job.batch_size, shuffle=True):
+        optimizer.zero_grad()
+        losses(model(x), y).mean().backward()
+        optimizer.step()
 
 
 def main() -> None:
@@ -96,8 +117,8 @@ def main() -> None:
         server,
         app,
         num_supernodes=job.cohorts.shape[1],
-        backend_config={
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        backend_config=({"client_resources": {"num_cpus": 1, "num_gpus": 0.0}} if job.variant == "tuned" else {})
+        | {
             "init_args": {"num_cpus": job.cores, "log_to_driver": False, "logging_level": "error"},
         },
     )
