@@ -38,6 +38,8 @@ class Config:
     repeats: int = 7  # of every measurement
     cohort: int = 50  # clients a round
     lanes: int = 1  # on each device
+    devices: int | None = None  # CPU devices; by default one a core
+    models: tuple[str, ...] = ("2NN", "CNN")
     smoke: bool = False  # tiny, to see that it works
 
 
@@ -195,8 +197,9 @@ def measure(config: Config, name: str, batch: int) -> dict:
 
 def main(config: Config) -> None:
     """Measures every model and prints the table."""
-    mesh.use_cores()
+    mesh.use_cores(config.devices)
     cells = [("2NN", 10), ("2NN", 20), ("2NN", 50), ("CNN", 10), ("CNN", 20)]
+    cells = [cell for cell in cells if cell[0] in config.models]
     if config.smoke:
         config, cells = dataclasses.replace(config, cohort=4, repeats=2), [("2NN", 10)]
     rows = [measure(config, *cell) for cell in cells]

@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    REFERENCE: Row("kit", "cores"),
+    REFERENCE: Row("kit", "best"),
     "jfed, 1 device": Row("kit", "single"),
     "FedJAX": Row("fedjax_peer", "jit", "fedjax"),
     "FedJAX, pmap": Row("fedjax_peer", "pmap", "fedjax"),
