@@ -4,8 +4,9 @@ Claim: sixteen settings of the logistic task in one program take at most a quart
 sixteen runs.
 
 Task: softmax regression, 60 features, 10 classes; 1000 clients of log-normal sizes (mean about 20, 2 to
-2000); 30 rounds of FedAvg, cohorts of 100, batches of 10. A run alone is `run.scan_rounds` with the
-client map that is fastest for one run; its learning rate is traced, so one program serves all sixteen.
+2000); 30 rounds of FedAvg, cohorts of 100, batches of 10. There is a CPU device a core. A run alone is
+`run.scan_rounds` with the client map that is fastest for one run, on one device or dealt to all; its learning rate is
+traced, so one program serves all sixteen. A sweep deals its settings to the devices, if there are enough.
 "program / runs" leaves compilation out on both sides. The time of
 a call of `run.sweep`, compilation included, stands against sixteen runs compiled each (as by a script
 that builds each method anew), and against sixteen runs that share one program.
@@ -21,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
-from jfed import algorithms, clients, data, local, models, report, run, sampling
+from jfed import algorithms, clients, data, local, mesh, models, report, run, sampling
 
 REPEATS, ROUNDS, RUNS = 5, 30, 16
-ALONE = {f"lanes({width})": clients.lanes(width) for width in (4, 16)}
+LANES = {f"lanes({width})": clients.lanes(width) for width in (4, 16)}
 TOGETHER = [(16, 1, "lanes(4)"), (16, 1, "lanes(16)"), (4, 4, "lanes(16)"), (1, 16, "lanes(16)")]
 
 
@@ -59,6 +61,9 @@ def seconds(function) -> float:
 
 def main() -> None:
     """Compiles each program once, runs all in turn several times over, and prints medians."""
+    mesh.use_cores()
+    devices = mesh.make()
+    alone_maps = LANES | {f"{name} on each device": clients.sharded(devices, lanes) for name, lanes in LANES.items()}
     model, population = logistic(), make_population()
     loss = models.cross_entropy(model)
     sampler = sampling.uniform(100, steps=local.sgd(loss, optax.sgd(0.1), batch_size=10).steps)
@@ -81,23 +86,25 @@ def main() -> None:
             over_settings = jax.vmap(final, (0, None, None))
             return jax.lax.map(lambda key: over_settings(rates, key, population), keys)
 
-        return all_runs
+        return mesh.shard_map(mesh=devices, in_specs=(P("clients"), P(), P()), out_specs=P(None, "clients"))(all_runs)
 
     def compiled(function, *args):
         program = jax.jit(function).lower(*args).compile()
         return lambda: jax.block_until_ready(program(*args))
 
     programs, compiling, whole = {}, {}, {}
-    for name, client_map in ALONE.items():
+    for name, client_map in alone_maps.items():
         args = jnp.float32(0.1), jax.random.key(0), population
         began = time.perf_counter()
         programs[name] = compiled(one_run(client_map), *args)
         compiling[name] = time.perf_counter() - began
     for settings, seeds, name in TOGETHER:
         rates, keys = np.geomspace(0.01, 0.3, settings), jax.random.split(jax.random.key(0), seeds)
-        programs[settings, seeds, name] = compiled(together(one_run(ALONE[name])), jnp.asarray(rates), keys, population)
-        make = functools.partial(method, ALONE[name])
+        rates = np.resize(rates, -(-settings // devices.size) * devices.size)  # one setting runs on every device
+        programs[settings, seeds, name] = compiled(together(one_run(LANES[name])), jnp.asarray(rates), keys, population)
+        make, rates = functools.partial(method, LANES[name]), rates[:settings]
         options = {"init": model.init, "sampler": sampler, "population": population, "rounds": ROUNDS, "seeds": seeds}
+        options |= {"mesh": devices}
         whole[settings, seeds, name] = seconds(
             lambda: run.sweep(make, {"learning_rate": rates}, judge=norm, progress=False, **options)  # noqa: B023
         )
@@ -109,7 +116,7 @@ def main() -> None:
                 times[name].append(took)
 
     median = {name: statistics.median(values) for name, values in times.items()}
-    alone = min(ALONE, key=median.get)
+    alone = min(alone_maps, key=median.get)
     rows = []
     for settings, seeds, name in TOGETHER:
         steady, call = median[settings, seeds, name], whole[settings, seeds, name]
@@ -124,7 +131,7 @@ def main() -> None:
                 "run.sweep / runs compiled once": f"{call / (RUNS * median[alone] + compiling[alone]):.2f}",
             }
         )
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, median of {REPEATS}")
+    print(f"jax {jax.__version__}, {jax.device_count()} x {jax.devices()[0].device_kind}, median of {REPEATS}")
     print(f"fastest alone: {alone}, {report.human_seconds(median[alone])}, compiled in {compiling[alone]:.1f} s")
     print(report.table(f"Logistic task, {ROUNDS} rounds", rows))
 

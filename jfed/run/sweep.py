@@ -19,9 +19,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jfed import _machine, _validate, report
 from jfed.core import Algorithm, Population, Tree
+from jfed.mesh import devices_along, shard_map
 from jfed.run.rounds import scan_rounds
 from jfed.sampling import Sampler
 
@@ -50,6 +53,8 @@ def sweep(
     seeds_at_once: int = 1,
     keep_params: bool = False,
     memory: float | None = None,
+    mesh: Mesh | None = None,
+    axis: str = "clients",
     progress: bool = True,
 ) -> Sweep:
     """Runs a method with every combination of hyperparameters in `grid`, over several seeds.
@@ -79,8 +84,10 @@ def sweep(
       seeds: K, how many.
       seeds_at_once: seeds side by side. On a CPU more than 1 is slower (`benchmarks/sweep.py`).
       keep_params: whether to return the final models.
-      memory: bytes that one program may take for its results and temporaries; by default what the
-        device has left, on a CPU half of what the host has.
+      memory: bytes that one program may take on each device for its results and temporaries; by default
+        what the device has left, on CPUs their share of half of what the host has.
+      mesh: deals the settings to its devices, which must be this process's; the method then runs whole on each.
+      axis: mesh axis that settings are dealt along.
       progress: whether to show a bar; of many processes only the first does.
 
     Returns:
@@ -89,8 +96,8 @@ def sweep(
     Raises:
       ValueError: if `grid` is empty or holds something that is not a finite number; if `rounds`, `every`,
         `seeds` or `seeds_at_once` is not a whole number of at least 1, or `every` does not divide
-        `rounds`; if a judged metric is not a scalar; if a single setting needs more than `memory`;
-        or what `make` raises.
+        `rounds`; if a judged metric is not a scalar; if a single setting needs more than `memory`; if the
+        mesh has no such axis, or spans processes; or what `make` raises.
 
     >>> import optax
     >>> from jfed import algorithms, local, sampling
@@ -121,6 +128,9 @@ def sweep(
         raise ValueError(f"sweep(every={every}): every must divide rounds={rounds}; choose another of the two.")
     if memory is not None:
         _validate.positive("sweep", "memory", memory, "leave it out to use what the device has")
+    devices = 1 if mesh is None else devices_along("sweep", mesh, axis)
+    if mesh is not None and not set(mesh.devices.flat) <= set(jax.local_devices()):
+        raise ValueError("sweep(mesh=...): the mesh spans processes; give each process its own part of the grid.")
     settings = _product(grid)
     for setting in settings:
         make(**setting)
@@ -144,15 +154,19 @@ def sweep(
         # A batch of one would still be a vmap, under which a client map skips nothing.
         return jax.lax.map(one_seed, jnp.arange(seeds), batch_size=seeds_at_once if seeds_at_once > 1 else None)
 
+    if mesh is not None:
+        all_runs = shard_map(mesh=mesh, in_specs=(P(axis), P()), out_specs=P(None, axis))(all_runs)
     table = {name: np.array([setting[name] for setting in settings]) for name in grid}
     population = jax.tree.map(jnp.asarray, population)
 
     @functools.cache
     def program(size: int):
-        return jax.jit(all_runs).lower(_rows(table, np.arange(size)), population).compile()
+        return jax.jit(all_runs).lower(_rows(table, np.arange(size) % len(settings)), population).compile()
 
-    budget = _machine.free_memory() if memory is None else memory
-    size = _largest_chunk(lambda size: _bytes(program, size), len(settings), budget)
+    # The CPU devices of a process share its memory.
+    budget = memory or _machine.free_memory() / (devices if jax.default_backend() == "cpu" else 1)
+    each = _largest_chunk(lambda each: _bytes(program, each * devices), -(-len(settings) // devices), budget)
+    size = each * devices
     starts = range(0, len(settings), size)
     found = []
     writer = progress and jax.process_index() == 0

@@ -9,7 +9,7 @@ import problem
 import pytest
 from problem import POPULATION
 
-from jfed import local, run, sampling
+from jfed import local, mesh, run, sampling
 from jfed.algorithms import fedavgm
 from jfed.clients import lanes, vectorised
 from jfed.core import Algorithm
@@ -88,6 +88,13 @@ def test_all_settings_and_seeds_have_the_curves_of_rounds_run_one_by_one():
                 w, _ = toy(**setting).round(w, TABLE(POPULATION, sample_key, t), round_key)
                 norms.append(jnp.linalg.norm(w))
             problem.close(result.curves["norm"][i, seed], np.array(norms[1::2]))
+
+
+def test_settings_dealt_to_devices_end_as_on_one():
+    """Five settings on two devices: one device has a setting twice, which nobody sees."""
+    together, dealt = swept(seeds=2, keep_params=True), swept(seeds=2, keep_params=True, mesh=mesh.make((2,)))
+    assert dealt.programs == 1 and dealt.params.shape == (5, 2, 1000)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), dealt, together)
 
 
 def test_settings_that_do_not_fit_are_dealt_to_equal_programs_with_the_same_result(monkeypatch):
@@ -176,6 +183,7 @@ def test_one_seed_has_no_deviation():
         ),
         (lambda: swept(rounds=0), r"sweep\(rounds=0\)"),
         (lambda: swept(seeds=0), r"sweep\(seeds=0\)"),
+        (lambda: swept(mesh=mesh.make((2,)), axis="rows"), r"sweep\(axis='rows'\): the mesh has axes \('clients',\)"),
         (lambda: swept(seeds_at_once=0), r"sweep\(seeds_at_once=0\)"),
         (lambda: swept(every=0), r"sweep\(every=0\)"),
         (lambda: swept(every=3), r"sweep\(every=3\): every must divide rounds=4; choose"),
