@@ -7,8 +7,8 @@ after its first round.
 Every peer is a process of its own, most in an environment of their own, made here on first use. All get the
 same examples, cohorts and initial model and do the same local steps: one epoch of plain SGD a client, average
 weighted by examples. Rounds are interleaved, peers stopped by a signal while others run. Each peer's mean
-cross-entropy over the examples judged must agree with the kit's after as many rounds to a tenth of what it fell by,
-or its row says "differs": examples are shuffled within a client, by each peer in its own way.
+cross-entropy over the examples judged must agree with the kit's after as many rounds, to a share of what it fell by
+that each task names, or its row says "differs": examples are shuffled within a client, by each peer in its own way.
 
 Command: python benchmarks/simulation.py --out simulation.json
 Time: two hours on two cores for everything, minutes with `--tasks 2nn logreg`; `--smoke` takes seconds.
