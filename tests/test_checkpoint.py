@@ -269,6 +269,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_saving_leaves_only_whole_steps(tmp_path):
     folder, rng, steps = tmp_path / "c", random.Random(0), []
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}

@@ -175,6 +175,7 @@ report.finish(run, {"rounds": r})
 """
 
 
+@pytest.mark.slow
 def test_metrics_of_a_killed_and_resumed_run_equal_those_of_one_that_was_not(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(report.__file__).parents[1])}
     command = [sys.executable, "-W", "error", "-c", LOGGER]

@@ -12,6 +12,7 @@ import jax
 import killed
 import numpy as np
 import problem
+import pytest
 
 from jfed import checkpoint, report
 
@@ -40,6 +41,7 @@ def final_state(folder):
     return checkpoint.restore(folder / "checkpoints", like)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_and_resumed_ends_in_the_same_bits(tmp_path):
     ended(start(tmp_path / "whole"), tmp_path / "whole", 0)
 

@@ -61,6 +61,7 @@ def test_a_raw_key_draws_what_the_key_does():
     np.testing.assert_array_equal(shuffle.draw(jax.random.key_data(KEYS[0])), shuffle.draw(KEYS[0]))
 
 
+@pytest.mark.slow
 def test_a_shuffle_of_too_few_rounds_would_be_noticed(monkeypatch):
     monkeypatch.setattr(shuffle, "ROUNDS", 3)
     jax.clear_caches()

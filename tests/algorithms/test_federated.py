@@ -75,6 +75,7 @@ def numpy_adaptive(second_moment, b1):
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "server"),
     [
@@ -252,6 +253,7 @@ def test_half_precision_and_traced_hyperparameters_pass_through_a_compiled_run()
         assert all(leaf.dtype == jnp.bfloat16 and np.isfinite(leaf.astype(float)).all() for leaf in result.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

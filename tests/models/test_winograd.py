@@ -56,6 +56,7 @@ def test_errors_are_within_a_hundred_thousandth_of_the_largest_entry(
         np.testing.assert_allclose(got, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("r", "padding"), [(3, "VALID"), (5, "SAME"), (3, ((0, 2), (3, 1)))])
 def test_conv2d_between_many_channels_takes_it_and_has_the_derivatives_of_lax(r, padding):
     x, kernel, _ = draw(r, 2, 7, 6, inputs=32, outputs=32)

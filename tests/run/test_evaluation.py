@@ -24,6 +24,7 @@ def test_evaluate_weighs_examples_by_what_they_count():
     np.testing.assert_allclose(result["score"], (x * y).sum() / y.sum(), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("client_map", [lanes(1), lanes(5), vectorised()], ids=["lanes(1)", "lanes(5)", "vectorised"])
 def test_evaluate_clients_judges_each_on_its_own_examples(client_map):
     result = run.evaluate_clients(problem.metrics, PARAMS, POPULATION, batch_size=4, client_map=client_map)

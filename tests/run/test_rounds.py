@@ -85,6 +85,7 @@ def test_a_run_is_compiled_once_wherever_its_state_lies_at_first(over):
     assert rounds._scan._cache_size() == before + 1
 
 
+@pytest.mark.slow
 def test_learning_rates_run_side_by_side_as_they_run_alone():
     def whole_run(learning_rate):
         work = local.sgd(problem.loss, optax.sgd(learning_rate), batch_size=4)
@@ -129,6 +130,7 @@ def test_a_run_reports_on_the_way_without_leaving_its_program():
     assert [row["steps"] for _, row in told] == metrics["steps"][jnp.array([2, 5])].tolist()
 
 
+@pytest.mark.slow
 def test_a_donated_state_gives_the_same_run_and_is_gone():
     state = METHOD.init(jax.tree.map(jnp.array, PARAMS))
     donated, _ = run.scan_rounds(METHOD, SAMPLER, POPULATION, state, KEY, rounds=4, donate=True)
