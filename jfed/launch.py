@@ -30,7 +30,6 @@ from pathlib import Path
 from jfed import _validate
 
 _GRACE = 3.0  # seconds between asking a process to end and ending it
-_LOOK = 0.5  # seconds between looks for a signal
 _SHOWN = 40  # lines of a failed process
 
 
@@ -134,15 +133,10 @@ def _first_failure(children: list[subprocess.Popen]) -> int | None:
     ended: queue.SimpleQueue = queue.SimpleQueue()
     for i, child in enumerate(children):
         threading.Thread(target=lambda i=i, child=child: ended.put((i, child.wait())), daemon=True).start()
-    left = len(children)
-    while left:
-        try:
-            i, code = ended.get(timeout=_LOOK)
-        except queue.Empty:  # a signal that another thread took is only now seen by this one
-            continue
+    for _ in children:
+        i, code = ended.get()
         if code:
             return i
-        left -= 1
     return None
 
 

@@ -39,6 +39,8 @@ def start(folder, what, *arguments, processes=2):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts what it runs in the background deaf to interrupts, and so would be all that these tests start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
