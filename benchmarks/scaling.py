@@ -4,9 +4,10 @@ Claims: time per client of 10,000 a round from a population of 1,000,000 is with
 10,000; peak memory at 16 lanes does not depend on the cohort; on more devices the same model is
 trained.
 
-Each cell runs in a process of its own, whose highest resident memory is told; one thing is varied at a
-time from the middle: 10,000 clients of about 4 examples, log-normal, cohort 1000, logistic
-regression of 20 features, 16 lanes, one device. Virtual CPU devices beyond the number of cores share them.
+Each cell runs in a process of its own, whose highest resident memory is told, but for the two populations
+that are compared: those run a round each in turn in one process. One thing is varied at a time from the
+middle: 10,000 clients of about 4 examples, log-normal, cohort 1000, logistic regression of 20 features,
+16 lanes, one device. Virtual CPU devices beyond the number of cores share them.
 
 Command: python benchmarks/scaling.py
 """
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +49,7 @@ VARIED = {
     "hidden": (0, 64, 256, 1024),
     "devices": (1, 2, 4, 8),
 }
-LARGE = [Cell(population=n, cohort=10_000, rounds=3) for n in (10_000, 1_000_000)]
+LARGE = [Cell(population=n, cohort=10_000, rounds=7) for n in (10_000, 1_000_000)]
 FEATURES = 20
 
 
@@ -69,9 +71,8 @@ def model_of(hidden: int) -> models.Model:
     return models.from_pair(init, apply)
 
 
-def measure(cell: Cell) -> dict:
-    """Seconds a round (best and median), peak memory, and a number that tells whether the model is the same."""
-    mesh.use_cores(cell.devices)
+def rounds_of(cell: Cell) -> Callable[[int], float]:
+    """The cell's job: trains round `t` and returns its loss."""
     rng = np.random.default_rng(0)
     size = np.clip(rng.lognormal(np.log(4) - 0.5, 1.0, cell.population), 1, 100).astype(int)
     rows = int(size.sum())
@@ -86,64 +87,82 @@ def measure(cell: Cell) -> dict:
     method = algorithms.fedavg(work, client_map=client_map)
     sampler = sampling.uniform(cell.cohort, steps=work.steps)
     population, state, key = place((population, method.init(model.init(jax.random.key(0))), jax.random.key(1)))
-    seconds, losses = [], []
-    for t in range(cell.rounds + 1):
-        began = time.perf_counter()
+
+    def train(t: int) -> float:
+        nonlocal state
         state, metrics = run.scan_rounds(method, sampler, population, state, key, rounds=1, start=jnp.int32(t))
-        losses.append(float(metrics["loss"][0]))
-        seconds.append(time.perf_counter() - began)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "first": seconds[0],
-        "best": min(seconds[1:]),
-        "median": statistics.median(seconds[1:]),
-        "peak": peak * (1 if sys.platform == "darwin" else 1024),
-        "loss": losses[-1],
-    }
+        return float(metrics["loss"][0])
+
+    return train
 
 
-def in_a_process(cell: Cell) -> dict:
-    """`measure` in a process of its own, as a row of the table."""
+def measure(cells: list[Cell]) -> list[dict]:
+    """Of cells of equal rounds and devices, in turn: seconds a round, last loss, and the process's peak memory."""
+    mesh.use_cores(cells[0].devices)
+    jobs = [rounds_of(cell) for cell in cells]
+    seconds, losses = [[] for _ in cells], [0.0 for _ in cells]
+    for t in range(cells[0].rounds + 1):
+        for i, train in enumerate(jobs):
+            began = time.perf_counter()
+            losses[i] = train(t)
+            seconds[i].append(time.perf_counter() - began)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return [
+        {"first": first, "best": min(later), "median": statistics.median(later), "peak": peak, "loss": loss}
+        for (first, *later), loss in zip(seconds, losses, strict=True)
+    ]
+
+
+def in_a_process(*cells: Cell) -> list[dict]:
+    """`measure` in a process of its own, as rows of the table."""
     output = subprocess.run(
-        [sys.executable, __file__, "--cell", json.dumps(dataclasses.asdict(cell))],
+        [sys.executable, __file__, "--cells", json.dumps([dataclasses.asdict(cell) for cell in cells])],
         capture_output=True,
         text=True,
     )
     if output.returncode:
         sys.exit(output.stderr)
-    found = json.loads(output.stdout.splitlines()[-1])
-    return {name: getattr(cell, name) for name in VARIED} | {
-        "first round": report.human_seconds(found["first"]),
-        "rounds/s": 1 / found["median"],
-        "best us a client": 1e6 * found["best"] / cell.cohort,
-        "median us a client": 1e6 * found["median"] / cell.cohort,
-        "peak memory": report.human_bytes(found["peak"]),
-        "last loss": f"{found['loss']:.5f}",
-    }
+    return [
+        {name: getattr(cell, name) for name in VARIED}
+        | {
+            "first round": report.human_seconds(found["first"]),
+            "rounds/s": 1 / found["median"],
+            "best us a client": 1e6 * found["best"] / cell.cohort,
+            "median us a client": 1e6 * found["median"] / cell.cohort,
+            "peak memory": report.human_bytes(found["peak"]),
+            "last loss": f"{found['loss']:.5f}",
+        }
+        for cell, found in zip(cells, json.loads(output.stdout.splitlines()[-1]), strict=True)
+    ]
 
 
-def main(cell: str | None = None, smoke: bool = False) -> None:
+def main(cells: str | None = None, only: str | None = None, smoke: bool = False) -> None:
     """Prints a table for each thing varied.
 
     Args:
-      cell: one measurement as JSON, for the process that makes it.
+      cells: measurements as JSON, for the process that makes them.
+      only: the one thing to vary, or "million"; by default everything.
       smoke: a small part, to see that it works.
     """
-    if cell is not None:
-        print(json.dumps(measure(Cell(**json.loads(cell)))))
+    if cells is not None:
+        print(json.dumps(measure([Cell(**cell) for cell in json.loads(cells)])))
         return
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     if smoke:
-        print(report.table("devices", [in_a_process(Cell(1000, 100, 4, devices=d, rounds=1)) for d in (1, 2)]))
+        a, b = (Cell(1000, 100, 4, devices=d, rounds=1) for d in (1, 2))
+        print(report.table("devices", [*in_a_process(a), *in_a_process(b)]))
         return
     for name, values in VARIED.items():
+        if only not in (None, name):
+            continue
         with report.progress(len(values), name, unit="cells") as advance:
             rows = []
             for value in values:
-                rows.append(in_a_process(dataclasses.replace(Cell(), **{name: value})))
+                rows += in_a_process(dataclasses.replace(Cell(), **{name: value}))
                 advance()
         print(report.table(f"Varied: {name}", rows), "\n")
-    print(report.table("10,000 clients a round", [in_a_process(cell) for cell in LARGE]))
+    if only in (None, "million"):
+        print(report.table("10,000 clients a round, in turn in one process", in_a_process(*LARGE)))
 
 
 if __name__ == "__main__":

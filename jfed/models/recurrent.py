@@ -11,6 +11,7 @@ Letters: B sequences of T steps, V tokens in the vocabulary, H units, G = 4 H (L
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,17 +90,20 @@ def _recur(cell: Callable, u: jax.Array, w: jax.Array, state: tuple) -> tuple[tu
     return jax.lax.scan(step, state, u)[1]
 
 
-def _recur_fwd(cell: Callable, *primals: tuple) -> tuple[tuple, tuple]:
-    u, w, state = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
+def _recur_fwd(cell: Callable, u: Any, w: Any, state: tuple) -> tuple[tuple, tuple]:
+    u, w, state = u.value, w.value, tuple(s.value for s in state)
     states, hw = _recur(cell, u, w, state)
     return (states, hw), (u, w, state, states, hw)
 
 
 def _recur_bwd(cell: Callable, residuals: tuple, cotangents: tuple) -> tuple:
     u, w, state, states, hw = residuals
+    d_states, further = cotangents
+    d_states = tuple(
+        jnp.zeros_like(s) if isinstance(d, SymbolicZero) else d for d, s in zip(d_states, states, strict=True)
+    )
     # Only a second derivative has cotangents of `h @ w`; adding zeros in every step would cost.
-    d_states, further = jax.tree.map(_unless_zero, cotangents, is_leaf=_is_zero)
-    d_states = jax.tree.map(lambda d, s: jnp.zeros_like(s) if d is None else d, d_states, states, is_leaf=_is_none)
+    further = None if isinstance(further, SymbolicZero) else further
     before = jax.tree.map(lambda s, all_s: jnp.concatenate([s[None], all_s[:-1]]), state, states)
     pulls = jax.vmap(lambda *step: jax.vjp(cell, *step)[1])(u, hw, before)
     w_t = jax.lax.optimization_barrier(w.T)  # else a product in the loop may read w against its layout
@@ -115,18 +119,6 @@ def _recur_bwd(cell: Callable, residuals: tuple, cotangents: tuple) -> tuple:
     d_state, (d_u, d_hw) = jax.lax.scan(step, start, (pulls, d_states, further), reverse=True)
     d_hw = d_u if d_hw is None else d_hw
     return d_u, jnp.einsum("tbh,tbg->hg", before[0], d_hw), d_state
-
-
-def _is_zero(x: object) -> bool:
-    return isinstance(x, SymbolicZero)
-
-
-def _is_none(x: object) -> bool:
-    return x is None
-
-
-def _unless_zero(x: object) -> object:
-    return None if _is_zero(x) else x
 
 
 _recur.defvjp(_recur_fwd, _recur_bwd, symbolic_zeros=True)
