@@ -8,11 +8,12 @@ A convolution and its two gradients are three bilinear maps, and the gradients o
 
 So three lowerings give derivatives of every order. Chosen, and compared by benchmarks/convolutions.py:
 
-  * CPU. Square kernels of 3 or 5 between many channels, strides 1: Winograd's (`jfed.models.winograd`),
-    with less than half of the multiplications. Else `C` is XLA's convolution, and so is `X` at stride 1, both in NHWC/HWIO, the one
-    layout it has a fast path for inside `scan` and `while_loop` (those that differentiation emits run many times
-    slower). `K` is h matrix products, one a kernel row. `X` at larger strides is one matrix product and shifted
-    sums: nothing is multiplied by the zeros between the strides. One kernel per client is a loop over clients.
+  * CPU. Square kernels of 3 or 5 between many channels, strides 1: Winograd's (`jfed.models.winograd`), with
+    less than half of the multiplications. Else `C` is XLA's convolution, and so is `X` at stride 1, both in
+    NHWC/HWIO, the one layout it has a fast path for inside `scan` and `while_loop` (those that differentiation
+    emits run many times slower). `K` is h matrix products, one a kernel row. `X` at larger strides is one matrix
+    product and shifted sums: nothing is multiplied by the zeros between the strides. One kernel per client is a
+    loop over clients.
   * GPU and TPU, not measured: XLA's own gradients; with one kernel per client, patches and one batched matrix
     product, because `vmap` would emit a grouped convolution, which cuDNN is reported to run slowly. It holds h w
     copies of its input.
