@@ -30,6 +30,14 @@ if what != "ends":  # the first waits for the other, which does not come
 """
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """A shell starts what it runs in the background deaf to interrupts, and so would be all that these tests start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(folder, what, *arguments, processes=2):
     script = folder / "script.py"
     script.write_text(SCRIPT)
@@ -39,8 +47,6 @@ def start(folder, what, *arguments, processes=2):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell starts what it runs in the background deaf to interrupts, and so would be all that these tests start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
