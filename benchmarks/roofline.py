@@ -61,8 +61,8 @@ def pfl_cnn() -> models.Model:
             x = y + params[name]["bias"].reshape(1, 1, 1, -1)
             x = jax.nn.relu(x) if name == "conv_0" else x
         x = jax.nn.relu(models.max_pool(x)).reshape(x.shape[0], -1)
-        x = jax.nn.relu(x @ params["dense_0"]["kernel"] + params["dense_0"]["bias"][None])
-        return x @ params["dense_1"]["kernel"] + params["dense_1"]["bias"][None]
+        x = jax.nn.relu(models.linear(x, params["dense_0"]["kernel"]) + params["dense_0"]["bias"][None])
+        return models.linear(x, params["dense_1"]["kernel"]) + params["dense_1"]["bias"][None]
 
     return models.from_pair(init, apply)
 

@@ -242,8 +242,8 @@ def _nothing(shared: Shared) -> Pass:
 
 def _mean(summed: Pass, params: Tree) -> Tree:
     """Mean gradient in the dtypes of `params`; 0 over no example, so that nothing is NaN even if unused."""
-    count = jnp.maximum(summed.examples, 1.0)
-    return jax.tree.map(lambda g, p: (g / count).astype(p.dtype), summed.gradient, params)
+    share = 1.0 / jnp.maximum(summed.examples, 1.0)  # a division for each parameter would take as long as its update
+    return jax.tree.map(lambda g, p: (g * share).astype(p.dtype), summed.gradient, params)
 
 
 def _start(optimizer: optax.GradientTransformationExtraArgs, shared: Shared) -> Carry:

@@ -10,6 +10,8 @@ one pseudorandom bit a pair decides whether the two change places.
 import jax
 import jax.numpy as jnp
 
+from jfed._fusion import computed_once
+
 ROUNDS = 24  # no departure from uniform was seen from 16 on: orders of 2 to 5, places and neighbours of 50 and 600
 
 
@@ -49,8 +51,7 @@ def position(words: jax.Array, index: jax.Array, size: jax.Array, *, epoch: jax.
         partner = jnp.where(partner >= size, partner - size, partner)
         swap = _mix(jnp.maximum(index, partner) ^ salts[r]) >> 31
         index = jnp.where(swap == 1, partner, index)
-    # This remainder changes nothing but that XLA computes positions once and not anew for every use of them.
-    return index.astype(jnp.int32) % (2**31 - 1)
+    return computed_once(index).astype(jnp.int32)
 
 
 def _mix(x: jax.Array) -> jax.Array:

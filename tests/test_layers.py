@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 HOUSE = Path(__file__).parents[1] / "jfed"
-GROUND = {"core", "tree", "mesh", "shuffle", "_machine", "_validate"}
+GROUND = {"core", "tree", "mesh", "shuffle", "_fusion", "_machine", "_validate"}
 FIRST = {"clients", "local", "sampling"}
 TOP = {"run", "experiment", "checkpoint", "report", "plot", "launch", "_leaves", "_terminal"}
 MAY_IMPORT = (

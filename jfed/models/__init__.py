@@ -1,6 +1,7 @@
 """Models as pairs of pure functions, a small zoo of them, and losses of single examples."""
 
 from jfed.models.conv import conv2d, max_pool
+from jfed.models.dense import linear
 from jfed.models.images import fedavg_cnn, lenet_gn, logistic_regression, two_nn
 from jfed.models.losses import cross_entropy, metrics, squared_error
 from jfed.models.model import Model, from_linen, from_nnx, from_pair
@@ -19,6 +20,7 @@ __all__ = [
     "from_nnx",
     "from_pair",
     "lenet_gn",
+    "linear",
     "logistic_regression",
     "max_pool",
     "metrics",

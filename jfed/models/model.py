@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jfed.core import Tree
-from jfed.models.substitute import slow_convolutions
+from jfed.models.substitute import slow_convolutions, use_linear
 
 
 class Model(NamedTuple):
@@ -98,6 +98,7 @@ def from_nnx(make: Callable[[Any], Any]) -> Model:
                 "kernel per client; write from_nnx(lambda rngs: models.fast_convolutions(MyModule(rngs=rngs))).",
                 stacklevel=3,
             )
+        use_linear(module)
         graphdef, state = nnx.split(module)
         leaves = tuple(nnx.to_flat_state(state))
         for path, leaf in leaves:

@@ -1,8 +1,9 @@
-"""The kit's convolution for flax models that have their own.
+"""The kit's convolution and dense product for flax models that have their own.
 
 `nnx.Conv` calls `lax.conv_general_dilated`, slow to train inside compiled loops and with one kernel per
-client (see `jfed.models.conv`), but takes another function in its place. So a layer keeps its class, its
-parameters and their names, and only computes by `conv2d`.
+client (see `jfed.models.conv`), but takes another function in its place, and so does `nnx.Linear`. A layer keeps its
+class, its parameters and their names, and only computes by `conv2d` or `linear`. Dense layers lose nothing by it and
+are not asked about; convolutions lose forward mode, so that is for the user to say.
 """
 
 import warnings
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from jfed.models.conv import conv2d
+from jfed.models.dense import linear
 
 
 def fast_convolutions(module: Any) -> Any:
@@ -63,6 +65,21 @@ def fast_convolutions(module: Any) -> Any:
 def slow_convolutions(module: Any) -> list[str]:
     """Names of the layers that `fast_convolutions` would change."""
     return [name for name, layer in _flax_convolutions(module) if _replaceable(layer)]
+
+
+def use_linear(module: Any) -> None:
+    """Lets every plain `nnx.Linear` of a `flax.nnx.Module`, changed in place, compute by `jfed.models.linear`."""
+    from flax import nnx
+
+    for _, layer in nnx.iter_graph(module):
+        plain = isinstance(layer, nnx.Linear) and layer.dot_general is jax.lax.dot_general
+        if plain and layer.precision is None and getattr(layer, "preferred_element_type", None) is None:
+            layer.dot_general = _dot_general
+
+
+def _dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: tuple, **rest: Any) -> jax.Array:
+    del dimension_numbers, rest  # a layer contracts the last axis with the first; the rest is at its default
+    return linear(x, kernel)
 
 
 def _conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: tuple, padding: Any, **rest: Any) -> jax.Array:

@@ -1,0 +1,102 @@
+"""The dense product against `@`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jfed import models
+from jfed._fusion import DIVISIONS_STAY
+from jfed.models import dense, linear
+
+
+def draw(rows, *axes, dtype=jnp.float32):
+    a, b = jax.random.split(jax.random.key(0))
+    return jax.random.normal(a, (*axes, rows, 7), dtype), jax.random.normal(b, (*axes, 7, 3), dtype)
+
+
+def value(product):
+    return lambda x, kernel: jnp.sum(jnp.sin(product(x, kernel)))
+
+
+def assert_same(of, x, kernel, rtol=1e-5):
+    found, expected = of(value(linear))(x, kernel), of(value(jnp.matmul))(x, kernel)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol), found, expected)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 10, dense.FEW, dense.FEW + 1])
+def test_gradients_are_those_of_the_product(rows):
+    assert_same(lambda f: jax.value_and_grad(f, (0, 1)), *draw(rows))
+
+
+@pytest.mark.parametrize("more", [(), (2,)])
+def test_a_row_or_more_axes_too(more):
+    x, kernel = draw(4)
+    assert_same(lambda f: jax.grad(f, (0, 1)), x[0] if not more else jnp.stack([x, -x]), kernel)
+
+
+@pytest.mark.parametrize("mode", [jax.hessian, lambda f, i: jax.jacrev(jax.grad(f, i), i), jax.jacfwd])
+def test_derivatives_of_every_order_and_mode(mode):
+    assert_same(lambda f: mode(f, (0, 1)), *draw(5))
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
+def test_many_clients(axes):
+    x, kernel = draw(5, 4)
+    x, kernel = (a if axis == 0 else a[0] for a, axis in zip((x, kernel), axes, strict=True))
+    assert_same(lambda f: jax.jit(jax.vmap(jax.grad(f, (0, 1)), axes)), x, kernel)
+
+
+def test_half_precision_sums_as_the_product_does():
+    x, kernel = draw(16, dtype=jnp.bfloat16)
+    got, want = (jax.grad(value(product), 1)(x, kernel) for product in (linear, jnp.matmul))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, want)
+
+
+def test_one_kernel_for_many_clients_is_not_copied():
+    x, kernel = draw(5)
+    text = jax.jit(jax.vmap(jax.value_and_grad(value(linear)), (0, None))).lower(jnp.stack([x] * 11), kernel).as_text()
+    assert "11x5x7xf32" in text and "11x7x3xf32" not in text
+
+
+def test_a_precision_asked_for_around_it_holds():
+    def f(x, kernel):
+        with jax.default_matmul_precision("highest"):
+            return linear(x, kernel)
+
+    assert "precision = [HIGHEST, HIGHEST]" in jax.jit(f).lower(*draw(5)).as_text()
+
+
+@pytest.mark.parametrize(("rows", "products"), [(10, 1 if DIVISIONS_STAY else 2), (40, 2)])
+def test_a_small_batch_has_no_product_for_the_kernel_in_a_step_of_a_flax_model(rows, products):
+    model = models.from_nnx(lambda rngs: nnx.Linear(7, 3, rngs=rngs))
+    params = model.init(jax.random.key(0))
+
+    @jax.jit
+    def step(params, x):
+        updates = jax.grad(lambda p: jnp.sum(jnp.sin(model.apply(p, x))))(params)
+        return optax.apply_updates(params, updates)
+
+    assert step.lower(params, jnp.ones((rows, 7))).as_text().count("dot_general") == products
+
+
+def test_a_layer_with_a_product_of_its_own_keeps_it():
+    def halved(*args, **rest):
+        return 0.5 * jax.lax.dot_general(*args, **{k: v for k, v in rest.items() if k == "precision"})
+
+    x = jnp.ones((2, 3))
+    plain, own = (
+        models.from_nnx(lambda rngs, kind=kind: nnx.Linear(3, 2, rngs=rngs, **kind))
+        for kind in ({}, {"dot_general": halved})
+    )
+    params = plain.init(jax.random.key(0))
+    np.testing.assert_allclose(own.apply(params, x), 0.5 * plain.apply(params, x), rtol=1e-6)
+
+
+def test_what_is_not_finite_stays_so():
+    x, kernel = draw(3)
+    gradient = jax.grad(lambda k: jnp.sum(linear(x.at[0, 0].set(jnp.nan), k)))(kernel)
+    assert np.isnan(gradient[0]).all() and np.isfinite(gradient[1:]).all()
