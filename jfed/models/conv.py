@@ -1,4 +1,4 @@
-"""A convolution that trains fast inside compiled loops and under `vmap` over clients, and a max pool to go with it.
+"""A convolution that trains fast inside compiled loops and under `vmap` over clients.
 
 A convolution and its two gradients are three bilinear maps, and the gradients of each are the other two:
 
@@ -9,11 +9,11 @@ A convolution and its two gradients are three bilinear maps, and the gradients o
 So three lowerings give derivatives of every order. Chosen, and compared by benchmarks/convolutions.py:
 
   * CPU. Square kernels of 3 or 5 between many channels, strides 1: Winograd's (`jfed.models.winograd`), with
-    less than half of the multiplications. Else `C` is XLA's convolution, and so is `X` at stride 1, both in
-    NHWC/HWIO, the one layout it has a fast path for inside `scan` and `while_loop` (those that differentiation
-    emits run many times slower). `K` is h matrix products, one a kernel row. `X` at larger strides is one matrix
-    product and shifted sums: nothing is multiplied by the zeros between the strides. One kernel per client is a
-    loop over clients.
+    less than half of the multiplications. Few channels: patches and one matrix product for `C`, one for `K`. Else
+    `C` is XLA's convolution, and so is `X` at stride 1, both in NHWC/HWIO, the one layout it has a fast path for
+    inside `scan` and `while_loop` (those that differentiation emits run many times slower), and `K` is h matrix
+    products, one a kernel row. `X` at larger strides is one matrix product and shifted sums: nothing is
+    multiplied by the zeros between the strides. One kernel per client is a loop over clients.
   * GPU and TPU, not measured: XLA's own gradients; with one kernel per client, patches and one batched matrix
     product, because `vmap` would emit a grouped convolution, which cuDNN is reported to run slowly. It holds h w
     copies of its input.
@@ -105,40 +105,6 @@ def conv2d(
     return _forward(x, kernel, _Window(image, size, steps, _pairs(padding, image, size, steps)))
 
 
-def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
-    """Maximum over windows of `window` x `window` that do not overlap.
-
-    Rows and columns left over at the end are dropped (VALID). Of equal values the first takes the
-    gradient and NaN stays NaN, as in `jax.lax.reduce_window`, whose gradient, a select-and-scatter, is slow.
-
-    Args:
-      x: [B, H, W, C].
-      window: side of a window, at least 1.
-
-    Returns:
-      [B, H // window, W // window, C].
-
-    Raises:
-      ValueError: if `window` is not a whole number of at least 1.
-
-    >>> print(max_pool(jnp.arange(25.0).reshape(1, 5, 5, 1))[0, :, :, 0])
-    [[ 6.  8.]
-     [16. 18.]]
-    """
-    _validate.at_least_one("max_pool", "window", window, "2 is usual")
-    # Not jnp.max: its gradient looks for the entries equal to the maximum and divides by their number. Where XLA
-    # computes x twice, once fused with each use, and rounds differently, there are none, and the gradient is 0/0.
-    b, h, w, c = x.shape
-    h, w = h // window, w // window
-    x = x[:, : h * window, : w * window].reshape(b, h * window, w, window, c)
-    x = functools.reduce(_larger, [x[:, :, :, i] for i in range(window)]).reshape(b, h, window, w, c)
-    return functools.reduce(_larger, [x[:, :, i] for i in range(window)])
-
-
-def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.where((a >= b) | jnp.isnan(a), a, b)
-
-
 def _pairs(padding: Padding, image: tuple, kernel: tuple, strides: tuple) -> tuple[tuple[int, int], tuple[int, int]]:
     if padding == "VALID":
         return ((0, 0), (0, 0))
@@ -191,7 +157,7 @@ def _weights_convolution(x: jax.Array, dy: jax.Array, window: _Window) -> jax.Ar
 def _cpu_forward(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
     if _winograd_pays(x, *kernel.shape[2:], window):
         return winograd.forward(_padded(x, window.padding), kernel)
-    return _convolve(x, kernel, window)
+    return (_matmul_forward if _narrow(x.shape[3], window) else _convolve)(x, kernel, window)
 
 
 def _cpu_input(dy: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
@@ -208,9 +174,16 @@ def _winograd_pays(images: jax.Array, inputs: int, outputs: int, window: _Window
     return applies and accurate and min(inputs, outputs) >= 16 and inputs * outputs >= 1024
 
 
+def _narrow(inputs: int, window: _Window) -> bool:
+    """Whether a patch is so short that products of patches are fastest: images of a few colours."""
+    return inputs * window.kernel[0] * window.kernel[1] <= 32
+
+
 def _cpu_weights(x: jax.Array, dy: jax.Array, window: _Window) -> jax.Array:
     if _winograd_pays(x, x.shape[3], dy.shape[3], window):
         return winograd.weights(_padded(x, window.padding), dy)
+    if _narrow(x.shape[3], window):
+        return _matmul_weights(x, dy, window)
     # Channels first and rows next, so that the shifts copy whole rows and the products run along them.
     x = jnp.transpose(_padded(x, window.padding), (3, 1, 0, 2))  # [I, H + top + bottom, B, W + left + right]
     (down, across), (high, wide) = window.strides, window.out

@@ -57,7 +57,7 @@ def _outer_product(x: jax.Array, dy: jax.Array) -> jax.Array:
 def _outer_sum(x: jax.Array, dy: jax.Array) -> jax.Array:
     if not DIVISIONS_STAY:
         return _outer_product(x, dy)
-    dy = computed_once(dy)
+    x, dy = computed_once(x), computed_once(dy)
     return sum(x[..., b, :, None] * dy[..., b, None, :] for b in range(x.shape[-2]))
 
 

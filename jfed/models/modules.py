@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jfed.models import conv
+from jfed.models.pool import max_pool
 
 
 class Conv(nnx.Module):
@@ -83,5 +84,5 @@ class ConvNet(nnx.Module):
             if self.normalised:
                 x = getattr(self, f"norm_{i}")(x)
             # max and relu commute: pooling first leaves relu a quarter of the values.
-            x = nnx.relu(conv.max_pool(x))
+            x = nnx.relu(max_pool(x))
         return self.mlp(x)

@@ -1,4 +1,4 @@
-"""The kit's convolution and pooling against those of `jax.lax` and flax."""
+"""The kit's convolution against those of `jax.lax` and flax."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jfed.models import conv, conv2d, max_pool
+from jfed.models import conv, conv2d
 from jfed.models.modules import Conv
 
 CASES = [  # kernel, padding, strides
@@ -34,9 +34,9 @@ def total(conv, x, kernel):
     return jnp.sum(jnp.sin(conv(x, kernel, padding="SAME")))
 
 
-def inputs(kernel_size, leading=()):
+def inputs(kernel_size, leading=(), channels=6):
     a, b, c, d = jax.random.split(jax.random.key(0), 4)
-    x_shape, k_shape = (*leading, 2, 6, 7, 3), (*leading, *kernel_size, 3, 4)
+    x_shape, k_shape = (*leading, 2, 6, 7, channels), (*leading, *kernel_size, channels, 4)
     return tuple(jax.random.normal(k, s) for k, s in zip((a, b, c, d), (x_shape, k_shape) * 2, strict=True))
 
 
@@ -57,9 +57,12 @@ def derivatives(conv, padding, strides=(1, 1)):
     return lambda x, k, v, w: (value(x, k), jax.grad(value, (0, 1))(x, k), jax.grad(slope, (0, 1))(x, k, v, w))
 
 
-@pytest.mark.parametrize(("kernel_size", "padding", "strides"), CASES)
-def test_conv2d_equals_lax_with_first_and_second_derivatives(kernel_size, padding, strides):
-    args = inputs(kernel_size)
+@pytest.mark.parametrize(
+    ("kernel_size", "padding", "strides", "channels"),
+    [(*case, 6) for case in CASES] + [(*CASES[i], 1) for i in (0, 2, 9)],  # from one channel by patches
+)
+def test_conv2d_equals_lax_with_first_and_second_derivatives(kernel_size, padding, strides, channels):
+    args = inputs(kernel_size, channels=channels)
     close(*(jax.jit(derivatives(f, padding, strides))(*args) for f in (conv2d, reference)))
 
 
@@ -167,30 +170,6 @@ def test_forward_mode_is_refused_and_reverse_over_reverse_gives_the_hessian_vect
         jax.jvp(value, (kernel,), (w,))
     ours = jax.grad(lambda k: jnp.vdot(jax.grad(value)(k), w))(kernel)
     close(ours, jax.jvp(jax.grad(expected), (kernel,), (w,))[1])
-
-
-@pytest.mark.parametrize("side", [6, 7])
-def test_max_pool_equals_reduce_window_with_gradient_and_drops_what_is_left_over(side):
-    x = jax.random.normal(jax.random.key(0), (2, side, side + 1, 3))
-
-    def theirs(x):
-        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-
-    close(*(jax.jit(jax.value_and_grad(lambda x, f=f: jnp.sum(jnp.sin(f(x)))))(x) for f in (max_pool, theirs)))
-
-
-@pytest.mark.parametrize("value", [1.0, jnp.nan])
-def test_of_equal_values_in_a_pool_the_first_takes_the_gradient_and_nan_stays_nan(value):
-    x = jnp.array([[0.0, value], [value, value]]).reshape(1, 2, 2, 1)
-    out, grad = jax.value_and_grad(lambda x: max_pool(x).sum())(x)
-    np.testing.assert_array_equal(out, value)
-    np.testing.assert_array_equal(grad.ravel(), [0.0, 1.0, 0.0, 0.0])
-
-
-@pytest.mark.parametrize("window", [0, -2, 2.0])
-def test_a_pool_whose_window_is_not_a_whole_number_of_at_least_1_is_refused_with_the_cure(window):
-    with pytest.raises(ValueError, match=rf"max_pool\(window={window}\): .* at least 1; 2 is usual"):
-        max_pool(jnp.ones((1, 4, 4, 1)), window)
 
 
 @pytest.mark.parametrize("kernel_size", [3, (2, 5)])
