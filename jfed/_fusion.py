@@ -12,15 +12,14 @@ DIVISIONS_STAY = jax.__version_info__ >= (0, 10)
 
 
 def computed_once(x: jax.Array) -> jax.Array:
-    """The same array, by way of a remainder that changes nothing.
+    """The same array, by way of a remainder that changes nothing and that a compiler makes a comparison of.
 
     Args:
-      x: floats, or unsigned integers below the largest.
+      x: floats, or unsigned integers of which the highest bit is not the only one.
 
     Returns:
-      x; has no derivative.
+      x, but for -0.0, which becomes 0.0; has no derivative.
     """
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-    most = jnp.array(jnp.iinfo(bits.dtype).max, bits.dtype)
-    # The largest pattern alone would change. It is a NaN, and becomes another one before.
-    return jax.lax.bitcast_convert_type(jnp.minimum(bits, most - 1) % most, x.dtype)
+    bits = jax.lax.bitcast_convert_type(x, f"int{8 * x.dtype.itemsize}")
+    least = jnp.array(jnp.iinfo(bits.dtype).min, bits.dtype)  # the only number with another remainder; -0.0 as a float
+    return jax.lax.bitcast_convert_type(jax.lax.rem(bits, jnp.broadcast_to(least, bits.shape)), x.dtype)

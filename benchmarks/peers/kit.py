@@ -81,14 +81,16 @@ def model_of(job: Job) -> models.Model:
         b, h, w, c = x.shape
         return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
 
+    def conv(p, x):
+        return models.conv2d(x, p["kernel"], padding="VALID") + p["bias"][None, None, None]
+
     def layer(p, x):
-        return x @ p["kernel"] + p["bias"][None]
+        return models.linear(x, p["kernel"]) + p["bias"][None]
 
     def apply(p, x):
-        for name in ("conv_0", "conv_1"):
-            x = models.conv2d(x, p[name]["kernel"], padding="VALID") + p[name]["bias"][None, None, None]
-            x = jax.nn.relu(x)
-        x = jax.nn.relu(layer(p["dense_0"], pool(x).reshape(x.shape[0], -1)))
+        x = jax.nn.relu(conv(p["conv_0"], x))
+        x = jax.nn.relu(pool(conv(p["conv_1"], x)))  # max and relu commute
+        x = jax.nn.relu(layer(p["dense_0"], x.reshape(x.shape[0], -1)))
         return layer(p["dense_1"], x)
 
     return models.from_pair(lambda key: tree_of(job.params), apply)
