@@ -43,7 +43,7 @@ def make_population():
 def logistic() -> models.Model:
     """60-10, from zero."""
     return models.from_pair(
-        lambda key: {"w": jnp.zeros((60, 10)), "b": jnp.zeros(10)}, lambda p, x: x @ p["w"] + p["b"][None]
+        lambda key: {"w": jnp.zeros((60, 10)), "b": jnp.zeros(10)}, lambda p, x: models.linear(x, p["w"]) + p["b"][None]
     )
 
 

@@ -10,7 +10,7 @@ Two bilinear maps, and the gradients of each are the two:
     product  y = P(x, k)      gradients P(dy, k') and O(x, dy)
     outer    dk = O(x, dy)    gradients P(dy, dk'') and P(x, dk'')
 
-Letters: B rows, kernels of K x N; any axes before them are clients.
+Letters: B rows, kernels of K x N; an axis before them is clients.
 """
 
 from collections.abc import Callable
@@ -45,13 +45,14 @@ def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     # A sum of outer products in half precision would stall where the product's does not.
     exact = jnp.result_type(x) == jnp.result_type(kernel) and jnp.result_type(x) in (jnp.float32, jnp.float64)
     fits = x.ndim == kernel.ndim == 2 and x.shape[1] == kernel.shape[0] and 0 < x.shape[0] <= FEW
-    if exact and fits and jax.config.jax_default_matmul_precision is None:
+    alike = getattr(jax.typeof(x), "vma", None) == getattr(jax.typeof(kernel), "vma", None)  # inside shard_map
+    if exact and fits and alike and jax.config.jax_default_matmul_precision is None:
         return _product.bind(x, kernel)
     return x @ kernel
 
 
 def _outer_product(x: jax.Array, dy: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, -1, -2) @ dy
+    return jnp.einsum("...bk,...bn->...kn", x, dy)
 
 
 def _outer_sum(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -61,41 +62,25 @@ def _outer_sum(x: jax.Array, dy: jax.Array) -> jax.Array:
     return sum(x[..., b, :, None] * dy[..., b, None, :] for b in range(x.shape[-2]))
 
 
-def _bilinear(name: str, shape: Callable, lowering: Callable, on_cpu: Callable, of_clients: Callable) -> Primitive:
+def _bilinear(name: str, shape: Callable, plain: Callable, on_cpu: Callable) -> Primitive:
     one = Primitive(name)
     one.def_impl(jax.jit(one.bind))
     one.def_abstract_eval(lambda a, b: a.update(shape=(*a.shape[:-2], *shape(a.shape, b.shape))))
-    mlir.register_lowering(one, mlir.lower_fun(lowering, multiple_results=False))
+    mlir.register_lowering(one, mlir.lower_fun(plain, multiple_results=False))
     mlir.register_lowering(one, mlir.lower_fun(on_cpu, multiple_results=False), platform="cpu")
 
-    def batched(args: tuple, axes: tuple) -> tuple[jax.Array, int]:
-        args = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(args, axes, strict=True)]
-        return of_clients(*args), 0
+    def of_clients(args: tuple, axes: tuple) -> tuple[jax.Array, int]:
+        a, b = (x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(args, axes, strict=True))
+        # What all clients share makes one product of theirs: it is not copied for each. With a second axis of clients,
+        # as in a sweep, products are faster (benchmarks/sweep.py).
+        return (one.bind(a, b) if a.ndim == b.ndim == 3 else plain(a, b)), 0
 
-    batching.primitive_batchers[one] = batched
+    batching.primitive_batchers[one] = of_clients
     return one
 
 
-def _together(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What one of them has for all clients alike, for each."""
-    clients = max(a, b, key=jnp.ndim).shape[:-2]
-    return jnp.broadcast_to(a, clients + a.shape[-2:]), jnp.broadcast_to(b, clients + b.shape[-2:])
-
-
-def _products_of_clients(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    if x.ndim > kernel.ndim:  # one kernel for many clients: not one copy of it for each
-        return x @ kernel
-    return _product.bind(*_together(x, kernel))
-
-
-_product = _bilinear("linear", lambda x, k: (x[-2], k[-1]), jnp.matmul, jnp.matmul, _products_of_clients)
-_outer = _bilinear(
-    "outer",
-    lambda x, dy: (x[-1], dy[-1]),
-    _outer_product,
-    _outer_sum,
-    lambda x, dy: _outer.bind(*_together(x, dy)),
-)
+_product = _bilinear("linear", lambda x, k: (x[-2], k[-1]), jnp.matmul, jnp.matmul)
+_outer = _bilinear("outer", lambda x, dy: (x[-1], dy[-1]), _outer_product, _outer_sum)
 ad.defbilinear(
     _product,
     lambda dy, x, kernel: _product.bind(dy, jnp.swapaxes(kernel, -1, -2)),
