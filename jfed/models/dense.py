@@ -45,10 +45,16 @@ def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     # A sum of outer products in half precision would stall where the product's does not.
     exact = jnp.result_type(x) == jnp.result_type(kernel) and jnp.result_type(x) in (jnp.float32, jnp.float64)
     fits = x.ndim == kernel.ndim == 2 and x.shape[1] == kernel.shape[0] and 0 < x.shape[0] <= FEW
-    alike = getattr(jax.typeof(x), "vma", None) == getattr(jax.typeof(kernel), "vma", None)  # inside shard_map
-    if exact and fits and alike and jax.config.jax_default_matmul_precision is None:
+    if exact and fits and _placed_alike(x, kernel) and jax.config.jax_default_matmul_precision is None:
         return _product.bind(x, kernel)
     return x @ kernel
+
+
+def _placed_alike(x: jax.Array, kernel: jax.Array) -> bool:
+    """Whether inside `shard_map` both or neither differ from device to device, and no axis is sharded explicitly."""
+    kinds = [jax.typeof(a) for a in (x, kernel)]
+    varying = [getattr(kind, "manual_axis_type", getattr(kind, "vma", None)) for kind in kinds]  # vma until jax 0.9
+    return varying[0] == varying[1] and not any(axis for kind in kinds for axis in kind.sharding.spec)
 
 
 def _outer_product(x: jax.Array, dy: jax.Array) -> jax.Array:

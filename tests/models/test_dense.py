@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jfed import models
 from jfed._fusion import DIVISIONS_STAY
@@ -54,6 +56,31 @@ def test_half_precision_sums_as_the_product_does():
     got, want = (jax.grad(value(product), 1)(x, kernel) for product in (linear, jnp.matmul))
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("spec", [P(), P("clients")])
+def test_inside_shard_map_with_a_kernel_for_all_devices_or_one_for_each(spec):
+    mesh = jax.make_mesh((2,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, kernel = draw(8)
+    kernel = jnp.concatenate([kernel] * 2) if spec else kernel
+    specs = (P("clients"), spec)
+
+    def of(f):
+        return jax.jit(jax.shard_map(jax.grad(f, (0, 1)), mesh=mesh, in_specs=specs, out_specs=specs))
+
+    assert_same(of, x, kernel)
+
+
+@pytest.mark.parametrize("spec", [(P("a"), P()), (P(), P(None, "a"))])
+def test_axes_sharded_explicitly_stay_so(spec):
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x, kernel = draw(8)
+    kernel = kernel[:, :2]
+    with jax.set_mesh(mesh):
+        x, kernel = (jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip((x, kernel), spec, strict=True))
+        found, expected = (jax.jit(product)(x, kernel) for product in (linear, jnp.matmul))
+    assert found.sharding == expected.sharding
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_one_kernel_for_many_clients_is_not_copied():
