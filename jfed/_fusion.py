@@ -1,8 +1,7 @@
 """An array that XLA:CPU computes once, where it would compute it anew inside every loop that reads it.
 
 XLA:CPU fuses a cheap elementwise array into each of its readers, though these may read an entry many times, and drops
-`lax.optimization_barrier` before it does so. It does not repeat an integer division (versions before
-`DIVISIONS_STAY` do).
+`lax.optimization_barrier` before it does so. It does not repeat an integer division, since jax 0.10.
 """
 
 import jax
@@ -18,7 +17,7 @@ def computed_once(x: jax.Array) -> jax.Array:
       x: floats, or unsigned integers of which the highest bit is not the only one.
 
     Returns:
-      x, but for -0.0, which becomes 0.0; has no derivative.
+      x, but for -0.0, which becomes 0.0; its derivative is 0.
     """
     bits = jax.lax.bitcast_convert_type(x, f"int{8 * x.dtype.itemsize}")
     least = jnp.array(jnp.iinfo(bits.dtype).min, bits.dtype)  # the only number with another remainder; -0.0 as a float

@@ -175,7 +175,7 @@ def _winograd_pays(images: jax.Array, inputs: int, outputs: int, window: _Window
 
 
 def _narrow(inputs: int, window: _Window) -> bool:
-    """Whether a patch is so short that products of patches are fastest: images of a few colours."""
+    """Whether patches are so short that their product is fastest, as in the first layer on images."""
     return inputs * window.kernel[0] * window.kernel[1] <= 32
 
 

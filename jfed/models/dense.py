@@ -5,10 +5,10 @@ multiplications for each number written. Written as a sum of B outer products it
 it inside the update that uses it, which reads and writes the kernel anyway (benchmarks/dense.py). Elsewhere, not
 measured, it stays a product.
 
-Two bilinear maps, and the gradients of each are the two:
+Two bilinear maps, whose gradients are again these (' transposes):
 
-    product  y = P(x, k)      gradients P(dy, k') and O(x, dy)
-    outer    dk = O(x, dy)    gradients P(dy, dk'') and P(x, dk'')
+    product  y = P(x, k)      for dy: P(dy, k') and O(x, dy)
+    outer    dk = O(x, dy)    for g:  P(dy, g') and P(x, g)
 
 Letters: B rows, kernels of K x N; an axis before them is clients.
 """
@@ -28,8 +28,9 @@ FEW = 16  # rows; with more, registers do not hold a number of each and the prod
 def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x @ kernel`, differentiated for small batches.
 
-    Equal to it but for rounding, in value and in derivatives of every order and mode. With more than 16 rows, with
-    more axes, or in half precision, it is `x @ kernel`. Dense layers of flax NNX compute by it (`from_nnx`).
+    Equal to it but for rounding, in value and in derivatives of every order and mode, `jax.experimental.jet` apart;
+    checkpoint policies that save dots do not know it. With more than 16 rows, with more axes, or in half precision,
+    it is `x @ kernel`. Dense layers of flax NNX compute by it (`from_nnx`).
 
     Args:
       x: [B, K], or [..., K].
@@ -43,9 +44,12 @@ def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
      [3.]]
     """
     # A sum of outer products in half precision would stall where the product's does not.
-    exact = jnp.result_type(x) == jnp.result_type(kernel) and jnp.result_type(x) in (jnp.float32, jnp.float64)
+    single_or_double = jnp.result_type(x) == jnp.result_type(kernel) and jnp.result_type(x) in (
+        jnp.float32,
+        jnp.float64,
+    )
     fits = x.ndim == kernel.ndim == 2 and x.shape[1] == kernel.shape[0] and 0 < x.shape[0] <= FEW
-    if exact and fits and _placed_alike(x, kernel) and jax.config.jax_default_matmul_precision is None:
+    if single_or_double and fits and _placed_alike(x, kernel) and jax.config.jax_default_matmul_precision is None:
         return _product.bind(x, kernel)
     return x @ kernel
 
@@ -69,20 +73,22 @@ def _outer_sum(x: jax.Array, dy: jax.Array) -> jax.Array:
 
 
 def _bilinear(name: str, shape: Callable, plain: Callable, on_cpu: Callable) -> Primitive:
-    one = Primitive(name)
-    one.def_impl(jax.jit(one.bind))
-    one.def_abstract_eval(lambda a, b: a.update(shape=(*a.shape[:-2], *shape(a.shape, b.shape))))
-    mlir.register_lowering(one, mlir.lower_fun(plain, multiple_results=False))
-    mlir.register_lowering(one, mlir.lower_fun(on_cpu, multiple_results=False), platform="cpu")
+    primitive = Primitive(name)
+    primitive.def_impl(plain)
+    primitive.def_abstract_eval(
+        lambda a, b: a.update(shape=(*a.shape[:-2], *shape(a.shape, b.shape)), weak_type=a.weak_type and b.weak_type)
+    )
+    mlir.register_lowering(primitive, mlir.lower_fun(plain, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform="cpu")
 
-    def of_clients(args: tuple, axes: tuple) -> tuple[jax.Array, int]:
+    def batch(args: tuple, axes: tuple) -> tuple[jax.Array, int]:
         a, b = (x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(args, axes, strict=True))
-        # What all clients share makes one product of theirs: it is not copied for each. With a second axis of clients,
-        # as in a sweep, products are faster (benchmarks/sweep.py).
-        return (one.bind(a, b) if a.ndim == b.ndim == 3 else plain(a, b)), 0
+        # What all clients share makes one product of theirs: it is not copied for each. A second axis of clients is a
+        # sweep's, where sums of outer products were slower than products.
+        return (primitive.bind(a, b) if a.ndim == b.ndim == 3 else plain(a, b)), 0
 
-    batching.primitive_batchers[one] = of_clients
-    return one
+    batching.primitive_batchers[primitive] = batch
+    return primitive
 
 
 _product = _bilinear("linear", lambda x, k: (x[-2], k[-1]), jnp.matmul, jnp.matmul)

@@ -77,8 +77,11 @@ def use_linear(module: Any) -> None:
             layer.dot_general = _dot_general
 
 
-def _dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: tuple, **rest: Any) -> jax.Array:
-    del dimension_numbers, rest  # a layer contracts the last axis with the first; the rest is at its default
+def _dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: tuple, *args: Any, **rest: Any) -> jax.Array:
+    """`linear` where a plain product is asked for, and lax's where something else is."""
+    asked = any(value is not None for value in (*args, *rest.values()))
+    if asked or dimension_numbers != (((x.ndim - 1,), (0,)), ((), ())):
+        return jax.lax.dot_general(x, kernel, dimension_numbers, *args, **rest)
     return linear(x, kernel)
 
 

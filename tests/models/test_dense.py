@@ -51,6 +51,24 @@ def test_many_clients(axes):
     assert_same(lambda f: jax.jit(jax.vmap(jax.grad(f, (0, 1)), axes)), x, kernel)
 
 
+@pytest.mark.parametrize("outer", [(0, 0), (0, None), (None, 0)])
+def test_clients_of_many_settings(outer):
+    x, kernel = draw(3, 2, 4)
+    x, kernel = (a if axis == 0 else a[0] for a, axis in zip((x, kernel), outer, strict=True))
+    assert_same(lambda f: jax.jit(jax.vmap(jax.vmap(jax.grad(f, (0, 1))), outer)), x, kernel)
+
+
+def test_without_jit():
+    with jax.disable_jit():
+        assert_same(lambda f: jax.grad(f, (0, 1)), *draw(3))
+
+
+def test_a_weakly_typed_argument_leaves_the_result_strong():
+    x, kernel = jnp.broadcast_to(1.0, (2, 7)), draw(2)[1]
+    assert (linear(x, kernel) + jnp.zeros((), jnp.bfloat16)).dtype == jnp.float32
+    assert (jax.jit(linear)(x, kernel) + jnp.zeros((), jnp.bfloat16)).dtype == jnp.float32
+
+
 def test_half_precision_sums_as_the_product_does():
     x, kernel = draw(16, dtype=jnp.bfloat16)
     got, want = (jax.grad(value(product), 1)(x, kernel) for product in (linear, jnp.matmul))
@@ -78,9 +96,9 @@ def test_axes_sharded_explicitly_stay_so(spec):
     kernel = kernel[:, :2]
     with jax.set_mesh(mesh):
         x, kernel = (jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip((x, kernel), spec, strict=True))
-        found, expected = (jax.jit(product)(x, kernel) for product in (linear, jnp.matmul))
-    assert found.sharding == expected.sharding
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+        found, expected = (jax.jit(jax.value_and_grad(value(f), (0, 1)))(x, kernel) for f in (linear, jnp.matmul))
+    assert jax.tree.map(lambda a: a.sharding, found) == jax.tree.map(lambda a: a.sharding, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
 
 
 def test_one_kernel_for_many_clients_is_not_copied():
@@ -121,6 +139,23 @@ def test_a_layer_with_a_product_of_its_own_keeps_it():
     )
     params = plain.init(jax.random.key(0))
     np.testing.assert_allclose(own.apply(params, x), 0.5 * plain.apply(params, x), rtol=1e-6)
+
+
+def test_a_layer_that_asks_for_another_product_gets_it():
+    class Tied(nnx.Linear):
+        def __call__(self, x):
+            return self.dot_general(x, self.kernel[...], (((1,), (1,)), ((), ())))
+
+    class Wide(nnx.Linear):
+        def __call__(self, x):
+            numbers = (((1,), (0,)), ((), ()))
+            return self.dot_general(x, self.kernel[...].astype(x.dtype), numbers, preferred_element_type=jnp.float32)
+
+    x = jax.random.normal(jax.random.key(0), (2, 3))
+    tied, wide = (models.from_nnx(lambda rngs, kind=kind: kind(3, 3, rngs=rngs)) for kind in (Tied, Wide))
+    params = tied.init(jax.random.key(0))
+    np.testing.assert_allclose(tied.apply(params, x), x @ params["kernel"].T, rtol=1e-6)
+    assert wide.apply(params, x.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
 def test_what_is_not_finite_stays_so():
