@@ -3,7 +3,7 @@
 `nnx.Conv` calls `lax.conv_general_dilated`, slow to train inside compiled loops and with one kernel per
 client (see `jfed.models.conv`), but takes another function in its place, and so does `nnx.Linear`. A layer keeps its
 class, its parameters and their names, and only computes by `conv2d` or `linear`. Dense layers lose nothing by it and
-are not asked about; convolutions lose forward mode, so that is for the user to say.
+are changed unasked; convolutions lose forward mode, so that is for the user to say.
 """
 
 import warnings
@@ -68,12 +68,11 @@ def slow_convolutions(module: Any) -> list[str]:
 
 
 def use_linear(module: Any) -> None:
-    """Lets every plain `nnx.Linear` of a `flax.nnx.Module`, changed in place, compute by `jfed.models.linear`."""
+    """Lets every `nnx.Linear` of a `flax.nnx.Module`, changed in place, compute by `jfed.models.linear`."""
     from flax import nnx
 
     for _, layer in nnx.iter_graph(module):
-        plain = isinstance(layer, nnx.Linear) and layer.dot_general is jax.lax.dot_general
-        if plain and layer.precision is None and getattr(layer, "preferred_element_type", None) is None:
+        if isinstance(layer, nnx.Linear) and layer.dot_general is jax.lax.dot_general:
             layer.dot_general = _dot_general
 
 
