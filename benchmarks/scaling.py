@@ -1,13 +1,14 @@
-"""Rounds a second and peak memory against population, cohort, lanes, model size and devices.
+"""Rounds a second and peak memory against population, cohort, lanes, model size, devices and processes.
 
 Claims: time per client of 10,000 a round from a population of 1,000,000 is within 20 % of that from
-10,000; peak memory at 16 lanes does not depend on the cohort; on more devices the same model is
-trained.
+10,000; peak memory at 16 lanes does not depend on the cohort; on more devices, and on those of two
+processes, the same model is trained.
 
-Each cell runs in a process of its own, whose highest resident memory is told, but for the two populations
-that are compared: those run a round each in turn in one process. One thing is varied at a time from the
-middle: 10,000 clients of about 4 examples, log-normal, cohort 1000, logistic regression of 20 features,
-16 lanes, one device. Virtual CPU devices beyond the number of cores share them.
+Each cell runs in a process of its own, or in two where it says so, the first of whose highest resident memory is
+told; but the two populations that are compared run a round each in turn in one process. One thing is varied
+at a time from the middle: 10,000 clients of about 4 examples, log-normal, cohort 1000, logistic regression of 20
+features, 16 lanes, one device. "weak" gives every device 1000 clients. Virtual CPU devices beyond the number of
+cores share them.
 
 Command: python benchmarks/scaling.py
 """
@@ -38,16 +39,20 @@ class Cell:
     cohort: int = 1000
     width: int = 16
     hidden: int = 0  # units of two hidden layers; 0 is logistic regression
-    devices: int = 1
+    devices: int = 1  # of all processes
+    processes: int = 1
     rounds: int = 5
 
 
 VARIED = {
-    "population": (1000, 10_000, 100_000, 1_000_000),
-    "cohort": (10, 100, 1000, 10_000),
-    "width": (1, 4, 16, 64, 256),
-    "hidden": (0, 64, 256, 1024),
-    "devices": (1, 2, 4, 8),
+    "population": [Cell(population=n) for n in (1000, 10_000, 100_000, 1_000_000)],
+    "cohort": [Cell(cohort=n) for n in (10, 100, 1000, 10_000)],
+    "width": [Cell(width=n) for n in (1, 4, 16, 64, 256)],
+    "hidden": [Cell(hidden=n) for n in (0, 64, 256, 1024)],
+    "devices": [Cell(devices=n) for n in (1, 2, 4, 8)] + [Cell(devices=n, processes=2) for n in (2, 4)],
+    "weak": [
+        Cell(cohort=1000 * n, devices=n, processes=p) for n, p in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1))
+    ],
 }
 LARGE = [Cell(population=n, cohort=10_000, rounds=7) for n in (10_000, 1_000_000)]
 FEATURES = 20
@@ -98,7 +103,8 @@ def rounds_of(cell: Cell) -> Callable[[int], float]:
 
 def measure(cells: list[Cell]) -> list[dict]:
     """Of cells of equal rounds and devices, in turn: seconds a round, last loss, and the process's peak memory."""
-    mesh.use_cores(cells[0].devices)
+    if cells[0].processes == 1:  # else the launcher has
+        mesh.use_cores(cells[0].devices)
     jobs = [rounds_of(cell) for cell in cells]
     seconds, losses = [[] for _ in cells], [0.0 for _ in cells]
     for t in range(cells[0].rounds + 1):
@@ -115,15 +121,16 @@ def measure(cells: list[Cell]) -> list[dict]:
 
 def in_a_process(*cells: Cell) -> list[dict]:
     """`measure` in a process of its own, as rows of the table."""
-    output = subprocess.run(
-        [sys.executable, __file__, "--cells", json.dumps([dataclasses.asdict(cell) for cell in cells])],
-        capture_output=True,
-        text=True,
-    )
+    processes, start = cells[0].processes, [sys.executable]
+    if processes > 1:
+        each = cells[0].devices // processes
+        start += ["-m", "jfed.launch", "-n", str(processes), "--devices-per-process", str(each)]
+    measured = json.dumps([dataclasses.asdict(cell) for cell in cells])
+    output = subprocess.run([*start, __file__, "--cells", measured], capture_output=True, text=True)
     if output.returncode:
         sys.exit(output.stderr)
     return [
-        {name: getattr(cell, name) for name in VARIED}
+        {field.name: getattr(cell, field.name) for field in dataclasses.fields(cell) if field.name != "rounds"}
         | {
             "first round": report.human_seconds(found["first"]),
             "rounds/s": 1 / found["median"],
@@ -149,16 +156,16 @@ def main(cells: str | None = None, only: str | None = None, smoke: bool = False)
         return
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     if smoke:
-        a, b = (Cell(1000, 100, 4, devices=d, rounds=1) for d in (1, 2))
-        print(report.table("devices", [*in_a_process(a), *in_a_process(b)]))
+        few = (Cell(1000, 100, 4, devices=d, processes=p, rounds=1) for d, p in ((1, 1), (2, 1), (2, 2)))
+        print(report.table("devices", [row for cell in few for row in in_a_process(cell)]))
         return
-    for name, values in VARIED.items():
+    for name, cells_of in VARIED.items():
         if only not in (None, name):
             continue
-        with report.progress(len(values), name, unit="cells") as advance:
+        with report.progress(len(cells_of), name, unit="cells") as advance:
             rows = []
-            for value in values:
-                rows += in_a_process(dataclasses.replace(Cell(), **{name: value}))
+            for cell in cells_of:
+                rows += in_a_process(cell)
                 advance()
         print(report.table(f"Varied: {name}", rows), "\n")
     if only in (None, "million"):

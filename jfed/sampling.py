@@ -16,7 +16,7 @@ import numpy as np
 from jfed import _validate
 from jfed.core import Cohort, Population, make_cohort
 
-_MANY = 2**16  # clients; below, a permutation of all is quick
+_MANY = 2**11  # clients; below, a permutation of all is as quick
 
 Sampler = Callable[[Population, jax.Array, jax.Array], Cohort]
 Steps = Callable[[jax.Array], jax.Array]

@@ -42,7 +42,32 @@ def zeros(shapes: Tree, leading: tuple[int, ...] = ()) -> Tree:
     return jax.tree.map(lambda s: jnp.zeros(leading + tuple(s.shape), s.dtype), shapes)
 
 
-_LARGE = 10**4  # entries; below, a product takes longer to start than flags to reduce
+_LARGE = 10**4  # entries; below, all ways of reducing are as quick
+
+
+def total(tree: Tree) -> Tree:
+    """The sum of the rows of every leaf.
+
+    >>> print(total({"a": jnp.arange(6.0).reshape(3, 2)})["a"])
+    [6. 9.]
+    """
+
+    def by_row(x: jax.Array) -> jax.Array:
+        if x.shape[0] <= 4:
+            return sum((x[i] for i in range(1, x.shape[0])), x[0])
+        return jax.lax.fori_loop(1, x.shape[0], lambda i, s: s + x[i], x[0])
+
+    def at_once(x: jax.Array) -> jax.Array:
+        return jnp.sum(x, 0, dtype=x.dtype)
+
+    def one(x: jax.Array) -> jax.Array:
+        # XLA:CPU of jax 0.10 reads rows of millions entry by entry, 40 times slower than row by row. In half
+        # precision only `sum` adds in single.
+        if x.shape[0] and x.size > _LARGE * x.shape[0] and x.dtype.itemsize >= 4:
+            return jax.lax.platform_dependent(x, cpu=by_row, default=at_once)
+        return at_once(x)
+
+    return jax.tree.map(one, tree)
 
 
 def all_finite(tree: Tree) -> jax.Array:

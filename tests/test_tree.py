@@ -45,5 +45,26 @@ def test_all_finite_of_a_large_leaf(value, finite):
     assert jax.vmap(tree.all_finite)(jnp.stack([leaf, jnp.zeros_like(leaf)])).tolist() == [finite, True]
 
 
+@pytest.mark.parametrize("rows", [0, 1, 4, 7])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32, jnp.bfloat16])
+@pytest.mark.parametrize("entries", [5, 2 * tree._LARGE])
+def test_total_adds_the_rows(rows, dtype, entries):
+    x = jax.random.randint(jax.random.key(0), (rows, entries), -8, 8).astype(dtype)
+    found = tree.total({"a": x})["a"]
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found.astype(jnp.float32), np.sum(np.asarray(x, np.float32), 0))
+
+
+@pytest.mark.parametrize("rows", [3, 7])
+def test_total_of_large_rows_differentiates_and_maps(rows):
+    x = jax.random.normal(jax.random.key(0), (2, rows, 2 * tree._LARGE))
+
+    def loss(x):
+        return jnp.sum(tree.total(x) ** 2)
+
+    expected = jnp.broadcast_to(2 * jnp.sum(x, 1, keepdims=True), x.shape)
+    np.testing.assert_allclose(jax.vmap(jax.grad(loss))(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_nbytes_counts_every_leaf_in_its_own_dtype():
     assert tree.nbytes({"a": jnp.zeros((3, 2), jnp.bfloat16), "b": jnp.zeros(5, jnp.int8), "c": ()}) == 17

@@ -66,7 +66,7 @@ def lanes(width: int | Literal["auto"]) -> ClientMap:
             client_kept, client_added = finish(shared, client, carry)
             nothing = jax.tree.map(jnp.zeros_like, client_added)
             client_added = tree.select(row < count, client_added, nothing)
-            added = jax.tree.map(lambda s, a: s + jnp.sum(a, 0, dtype=a.dtype), added, client_added)
+            added = jax.tree.map(jnp.add, added, tree.total(client_added))
             return tree.put(kept, row, client_kept), added
 
         def train(shared, row, client, t, carry):

@@ -46,6 +46,6 @@ def vectorised(*, max_steps: int | None = None) -> ClientMap:
         results = jax.vmap(work.finish, (None, 0, 0))(shared, clients, carry)
         present = (clients.steps > 0) | (clients.weight != 0)
         kept, added = tree.select(present, results, jax.tree.map(jnp.zeros_like, results))
-        return kept, jax.tree.map(lambda a: jnp.sum(a, 0, dtype=a.dtype), added)
+        return kept, tree.total(added)
 
     return map_fn
