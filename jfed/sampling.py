@@ -151,9 +151,8 @@ def _distinct(key: jax.Array, n: int, count: int) -> jax.Array:
     # different values among independent draws have the same distribution.
     draw_key, rare_key = jax.random.split(key)
     drawn = jax.random.randint(draw_key, (2 * count,), 0, n)
-    order = jnp.argsort(drawn, stable=True)
-    again = jnp.diff(drawn[order], prepend=-1) == 0
-    new = jnp.zeros(2 * count, bool).at[order].set(~again)
+    turn = jnp.arange(2 * count)
+    new = jnp.full(n, 2 * count).at[drawn].min(turn)[drawn] == turn  # nobody drew it before
     return jax.lax.cond(
         jnp.sum(new) >= count,
         lambda: drawn[jnp.nonzero(new, size=count)[0]],
