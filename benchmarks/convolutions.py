@@ -177,18 +177,20 @@ def main() -> None:
             rows.append({"net": name.split(" (")[0], "layer": label} | counts)
     print(report.table("One layer: value and both gradients, one client; examples/s and share", rows))
     rows = []
-    for name, net in NETS.items():
-        measured = dict(LOWERINGS)
-        for width in WIDTHS:
-            runs = {lowering: net_run(net, conv, width) for lowering, conv in measured.items()} | {"square": reference}
-            times = best(runs)
-            counts = rows_of(LOWERINGS, times, BATCH * STEPS * width, net_operations(net), square_operations)
-            rows.append(
-                {"net": name.split(" (")[0], "clients at once": str(width)} | {n: "-" for n in LOWERINGS} | counts
-            )
-            # A lowering three times slower than the best is not followed to more clients, to keep the run short.
-            fastest = min(times[lowering] for lowering in measured)
-            measured = {n: conv for n, conv in measured.items() if n == "kit" or times[n] < 3 * fastest}
+    with report.progress(len(NETS) * len(WIDTHS), "clients at once", unit="rows") as advance:
+        for name, net in NETS.items():
+            measured = dict(LOWERINGS)
+            for width in WIDTHS:
+                runs = {n: net_run(net, conv, width) for n, conv in measured.items()} | {"square": reference}
+                times = best(runs)
+                counts = rows_of(LOWERINGS, times, BATCH * STEPS * width, net_operations(net), square_operations)
+                rows.append(
+                    {"net": name.split(" (")[0], "clients at once": str(width)} | {n: "-" for n in LOWERINGS} | counts
+                )
+                # One three times slower than the best is not followed to more clients, to keep the run short.
+                fastest = min(times[n] for n in measured)
+                measured = {n: conv for n, conv in measured.items() if n == "kit" or times[n] < 3 * fastest}
+                advance()
     print(report.table("A step of SGD, a kernel per client; examples/s and share", rows))
 
 
