@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate, shuffle, tree
+from jfed._fusion import after
 from jfed.core import ClientWork, Cohort, Shared, Tree
 
 Loss = Callable[[Tree, Tree, jax.Array], jax.Array]
@@ -243,6 +244,7 @@ def _nothing(shared: Shared) -> Pass:
 def _mean(summed: Pass, params: Tree) -> Tree:
     """Mean gradient in the dtypes of `params`; 0 over no example, so that nothing is NaN even if unused."""
     share = 1.0 / jnp.maximum(summed.examples, 1.0)  # a division for each parameter would take as long as its update
+    share = after(share, summed.gradient)  # by then all have read the params, which the update may overwrite
     return jax.tree.map(lambda g, p: (g * share).astype(p.dtype), summed.gradient, params)
 
 

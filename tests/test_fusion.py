@@ -1,11 +1,13 @@
 """What XLA:CPU is made to compute once."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jfed._fusion import DIVISIONS_STAY, computed_once
+from jfed._fusion import DIVISIONS_STAY, after, computed_once
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -35,3 +37,36 @@ def test_xla_computes_it_once_for_two_readers():
 
     assert times_computed(computed_once) == 1
     assert times_computed(lambda y: y) == 2  # if not, `computed_once` has no use any more
+
+
+LEAVES = {"a": jnp.ones((2, 3)), "b": jnp.full((), jnp.nan), "c": jnp.zeros((0, 2)), "d": jnp.ones(2, jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("tree", [LEAVES, {}])
+def test_what_waits_for_others_stays_what_it_is(tree):
+    x = jnp.array([1.5, -0.0, jnp.inf, jnp.nan])
+    of = jax.jit(after)
+    np.testing.assert_array_equal(np.asarray(of(x, tree)).view(np.uint32), np.asarray(x).view(np.uint32))
+    np.testing.assert_array_equal(jax.vmap(lambda x: of(x, tree))(x[:, None])[:, 0], x)
+
+
+def test_xla_updates_what_a_loop_carries_in_place():
+    """Two layers: the first one's gradient reads the second's kernel, which its update overwrites."""
+
+    def loss(kernels, x):
+        return jnp.sum(jnp.tanh(x @ kernels[0]) @ kernels[1])
+
+    def copies(wait):
+        def step(_, kernels):
+            gradient = jax.grad(loss)(kernels, jnp.ones((4, 64)))
+            rate = wait(jnp.float32(0.1), gradient)
+            return [k - rate * g for k, g in zip(kernels, gradient, strict=True)]
+
+        def train(kernels):
+            return jax.lax.fori_loop(0, 10, step, kernels)
+
+        kernels = [jnp.ones((64, 48)), jnp.ones((48, 56))]
+        text = jax.jit(train).lower(kernels).compile().as_text()
+        return len(re.findall(r"f32\[48,56\]\S* copy\(", text))
+
+    assert copies(after) < copies(lambda x, tree: x)  # if not, `after` has no use any more
