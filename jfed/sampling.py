@@ -148,9 +148,9 @@ def _distinct(key: jax.Array, n: int, count: int) -> jax.Array:
     if n < _MANY or n < 4 * count:
         return by_permutation(key)
     # Sorting a million clients would cost more than training a cohort of small ones. The first `count`
-    # different values among independent draws have the same distribution.
+    # different values among independent draws have the same distribution. (Under `vmap` both ways are computed.)
     draw_key, rare_key = jax.random.split(key)
-    drawn = jax.random.randint(draw_key, (2 * count,), 0, n)
+    drawn = jax.random.randint(draw_key, (2 * count,), 0, n, jnp.int32)
     turn = jnp.arange(2 * count)
     new = jnp.full(n, 2 * count).at[drawn].min(turn)[drawn] == turn  # nobody drew it before
     return jax.lax.cond(

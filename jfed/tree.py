@@ -46,28 +46,36 @@ _LARGE = 10**4  # entries; below, all ways of reducing are as quick
 
 
 def total(tree: Tree) -> Tree:
-    """The sum of the rows of every leaf.
+    """The sum of the rows of every leaf; zeros if there are none.
 
     >>> print(total({"a": jnp.arange(6.0).reshape(3, 2)})["a"])
     [6. 9.]
     """
 
-    def by_row(x: jax.Array) -> jax.Array:
-        if x.shape[0] <= 4:
-            return sum((x[i] for i in range(1, x.shape[0])), x[0])
-        return jax.lax.fori_loop(1, x.shape[0], lambda i, s: s + x[i], x[0])
-
-    def at_once(x: jax.Array) -> jax.Array:
-        return jnp.sum(x, 0, dtype=x.dtype)
-
     def one(x: jax.Array) -> jax.Array:
         # XLA:CPU of jax 0.10 reads rows of millions entry by entry, 40 times slower than row by row. In half
-        # precision only `sum` adds in single.
-        if x.shape[0] and x.size > _LARGE * x.shape[0] and x.dtype.itemsize >= 4:
-            return jax.lax.platform_dependent(x, cpu=by_row, default=at_once)
-        return at_once(x)
+        # precision only `sum` adds in single, and one row of many on other devices is not to be had.
+        large = x.shape[0] and x.size > _LARGE * x.shape[0]
+        if large and x.dtype.itemsize >= 4 and not any(jax.typeof(x).sharding.spec):
+            return jax.lax.platform_dependent(x, cpu=_by_row, default=_at_once)
+        return _at_once(x)
 
     return jax.tree.map(one, tree)
+
+
+def _at_once(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, 0, dtype=x.dtype)
+
+
+@jax.custom_jvp
+def _by_row(x: jax.Array) -> jax.Array:
+    if x.shape[0] <= 4:
+        return sum((x[i] for i in range(1, x.shape[0])), x[0])
+    return jax.lax.fori_loop(1, x.shape[0], lambda i, s: s + x[i], x[0])
+
+
+# The loop's own would be transposed into one that writes all rows for each of them.
+_by_row.defjvp(lambda x, x_dot: (_by_row(*x), _at_once(*x_dot)))
 
 
 def all_finite(tree: Tree) -> jax.Array:

@@ -1,6 +1,5 @@
 """Every test sees eight CPU devices, and an array shape that merely happens to broadcast is an error."""
 
-import getpass
 import os
 import tempfile
 
@@ -8,8 +7,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Tests compile hundreds of tiny programs and run each a few times.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-# Most of the time goes into compiling, so what was compiled is kept for the next run, and for subprocesses.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/jfed-tests-{getpass.getuser()}")
+# Most of the time goes into compiling, so what was compiled is kept for the next run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/jfed-tests-{os.getuid()}")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jfed._fusion import DIVISIONS_STAY, after, computed_once
 
@@ -39,7 +41,14 @@ def test_xla_computes_it_once_for_two_readers():
     assert times_computed(lambda y: y) == 2  # if not, `computed_once` has no use any more
 
 
-LEAVES = {"a": jnp.ones((2, 3)), "b": jnp.full((), jnp.nan), "c": jnp.zeros((0, 2)), "d": jnp.ones(2, jnp.bfloat16)}
+LEAVES = {
+    "matrix": jnp.ones((2, 3)),
+    "NaN": jnp.full((), jnp.nan),
+    "empty": jnp.zeros((0, 2)),
+    "half": jnp.ones(2, jnp.bfloat16),
+    "complex": jnp.ones(2, jnp.complex64),
+    "whole": jnp.ones(2, jnp.int32),
+}
 
 
 @pytest.mark.parametrize("tree", [LEAVES, {}])
@@ -48,6 +57,23 @@ def test_what_waits_for_others_stays_what_it_is(tree):
     of = jax.jit(after)
     np.testing.assert_array_equal(np.asarray(of(x, tree)).view(np.uint32), np.asarray(x).view(np.uint32))
     np.testing.assert_array_equal(jax.vmap(lambda x: of(x, tree))(x[:, None])[:, 0], x)
+
+
+def test_waiting_has_no_derivative():
+    def of(x):
+        return jnp.sum(after(x, {"a": x**2}))
+
+    assert jax.grad(of)(jnp.float32(3)) == 0 and jax.jvp(of, (jnp.float32(3),), (jnp.float32(1),))[1] == 0
+
+
+def test_leaves_that_lie_otherwise_are_not_waited_for():
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(lambda x, leaf: after(x, leaf), mesh=mesh, in_specs=(P(), P("a")), out_specs=P())
+    assert jax.jit(mapped)(jnp.float32(3), jnp.ones(4)) == 3
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        leaf = jax.device_put(jnp.ones((4, 2)), NamedSharding(mesh, P("a")))
+        assert jax.jit(after)(jnp.float32(3), leaf) == 3
 
 
 def test_xla_updates_what_a_loop_carries_in_place():

@@ -80,6 +80,15 @@ def test_the_draw_for_many_clients_makes_every_ordered_choice_equally_likely(n, 
     assert stats.chisquare(counts[~np.eye(n, dtype=bool)]).pvalue > 1e-3
 
 
+def test_many_clients_are_drawn_with_64_bits_too():
+    jax.config.update("jax_enable_x64", True)
+    try:
+        ids = jax.jit(lambda key: sampling._distinct(key, 5000, 10))(jax.random.key(0))
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert ids.dtype == jnp.int32 and len(set(ids.tolist())) == 10
+
+
 def test_a_cohort_of_a_million_clients_is_drawn_without_sorting_them():
     population = POPULATION._replace(start=jnp.zeros(10**6, jnp.int32), size=jnp.ones(10**6, jnp.int32))
     sample = jax.jit(sampling.uniform(100, steps=steps))

@@ -2,6 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jfed import tree
 
@@ -55,6 +57,11 @@ def test_total_adds_the_rows(rows, dtype, entries):
     np.testing.assert_array_equal(found.astype(jnp.float32), np.sum(np.asarray(x, np.float32), 0))
 
 
+def test_total_does_not_stall_in_half_precision():
+    """Added one by one in bfloat16, ones stall at 256."""
+    np.testing.assert_array_equal(tree.total(jnp.ones((300, 2 * tree._LARGE), jnp.bfloat16)).astype(int), 300)
+
+
 @pytest.mark.parametrize("rows", [3, 7])
 def test_total_of_large_rows_differentiates_and_maps(rows):
     x = jax.random.normal(jax.random.key(0), (2, rows, 2 * tree._LARGE))
@@ -64,6 +71,15 @@ def test_total_of_large_rows_differentiates_and_maps(rows):
 
     expected = jnp.broadcast_to(2 * jnp.sum(x, 1, keepdims=True), x.shape)
     np.testing.assert_allclose(jax.vmap(jax.grad(loss))(x), expected, rtol=1e-5, atol=1e-5)
+    tangent = jax.jvp(tree.total, (x[0],), (x[1],))[1]
+    np.testing.assert_allclose(tangent, jnp.sum(x[1], 0), rtol=1e-5, atol=1e-5)
+
+
+def test_total_of_rows_on_many_devices():
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((4, 2 * tree._LARGE)), NamedSharding(mesh, P("a")))
+        np.testing.assert_array_equal(jax.jit(tree.total)(x), 4)
 
 
 def test_nbytes_counts_every_leaf_in_its_own_dtype():

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jfed._fusion import DIVISIONS_STAY, computed_once
+from jfed._fusion import DIVISIONS_STAY, computed_once, placed_alike
 
 FEW = 16  # rows; with more, registers do not hold a number of each and the product is faster
 
@@ -49,16 +49,9 @@ def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
         jnp.float64,
     )
     fits = x.ndim == kernel.ndim == 2 and x.shape[1] == kernel.shape[0] and 0 < x.shape[0] <= FEW
-    if single_or_double and fits and _placed_alike(x, kernel) and jax.config.jax_default_matmul_precision is None:
+    if single_or_double and fits and placed_alike(x, kernel) and jax.config.jax_default_matmul_precision is None:
         return _product.bind(x, kernel)
     return x @ kernel
-
-
-def _placed_alike(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether inside `shard_map` both or neither differ from device to device, and no axis is sharded explicitly."""
-    kinds = [jax.typeof(a) for a in (x, kernel)]
-    varying = [getattr(kind, "manual_axis_type", getattr(kind, "vma", None)) for kind in kinds]  # vma until jax 0.9
-    return varying[0] == varying[1] and not any(axis for kind in kinds for axis in kind.sharding.spec)
 
 
 def _outer_product(x: jax.Array, dy: jax.Array) -> jax.Array:

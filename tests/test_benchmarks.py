@@ -1,0 +1,35 @@
+"""Benchmarks that start other processes still run; what they measure is in benchmarks/RESULTS.md."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def smoke(script, *arguments):
+    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    command = [sys.executable, FOLDER / script, "--smoke", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.slow
+def test_peers_of_a_round_agree(tmp_path):
+    shown = smoke("simulation.py", "--tasks", "logreg", "--sizes", "heavy", "--out", tmp_path / "found.json")
+    (found,) = json.loads((tmp_path / "found.json").read_text()).values()
+    assert {"jfed", "jfed, 1 device", "JAX scan", "JAX vmap"} <= found.keys() and "JAX vmap" in shown
+    assert [name for name, row in found.items() if "error" in row or row["differs"]] == []
+    assert found["jfed"]["compiled_later"] == 0
+
+
+@pytest.mark.slow
+def test_devices_and_processes_end_at_one_loss():
+    *_, one, two, two_processes = smoke("scaling.py").splitlines()
+    assert one.split()[-1] == two.split()[-1] == two_processes.split()[-1]
+    assert float(one.split()[-1]) > 0
