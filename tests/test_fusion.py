@@ -1,4 +1,4 @@
-"""What XLA:CPU is made to compute once."""
+"""How often XLA:CPU computes an array, and in which order."""
 
 import re
 

@@ -71,6 +71,8 @@ def test_total_of_large_rows_differentiates_and_maps(rows):
 
     expected = jnp.broadcast_to(2 * jnp.sum(x, 1, keepdims=True), x.shape)
     np.testing.assert_allclose(jax.vmap(jax.grad(loss))(x), expected, rtol=1e-5, atol=1e-5)
+    whole = jax.grad(lambda x: jnp.sum(tree.total({"x": x, "n": x > 0, "i": x.astype(int)})["x"]))(x[0])
+    np.testing.assert_array_equal(whole, 1)
     tangent = jax.jvp(tree.total, (x[0],), (x[1],))[1]
     np.testing.assert_allclose(tangent, jnp.sum(x[1], 0), rtol=1e-5, atol=1e-5)
 
