@@ -3,8 +3,10 @@
     core        the types everything is written with
     clients     how the work of one client runs for a whole cohort
     local       what one client does in a round
+    aggregate   one message out of many, some of them malicious
     algorithms  the methods
     sampling    who takes part in a round
+    availability                                stragglers, absence, growing data, simulated time
     data        populations, partitions, sets
     models      small models, losses, adapters
     run         many rounds, evaluation
@@ -20,7 +22,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULES = (
+    "aggregate",
     "algorithms",
+    "availability",
     "checkpoint",
     "clients",
     "core",

@@ -33,3 +33,9 @@ def within(where: str, name: str, value: Any, low: float, high: float, cure: str
     """Raises a `ValueError` unless `value` is traced or lies in [low, high]."""
     if is_concrete(value) and not (np.ndim(value) == 0 and low <= value <= high):
         raise ValueError(f"{where}({name}={value!r}): {name} must lie in [{low}, {high}]; {cure}.")
+
+
+def at_least_zero(where: str, name: str, value: Any, cure: str) -> None:
+    """Raises a `ValueError` unless `value` is traced or a finite number of at least 0."""
+    if is_concrete(value) and not (np.ndim(value) == 0 and np.isfinite(value) and value >= 0):
+        raise ValueError(f"{where}({name}={value!r}): {name} must be a finite number of at least 0; {cure}.")

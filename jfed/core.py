@@ -60,6 +60,9 @@ class ClientWork(NamedTuple):
     start: Callable  # (shared, client) -> carry
     step: Callable  # (shared, client, carry, t) -> carry       one local step, 0 <= t < client.steps
     finish: Callable  # (shared, client, carry) -> (kept, added)
+    # Of work that trains by gradients, for methods that change how it does; its carry has a field `params`.
+    remake: Callable | None = None  # (change) -> ClientWork; change: (gradient, optimizer) -> (gradient, optimizer)
+    whole: Callable | None = None  # (shared, client, params) -> sums of loss and gradient over all its examples
 
 
 class ClientMap(Protocol):
@@ -81,6 +84,7 @@ class Algorithm(NamedTuple):
     init: Callable  # params -> state
     round: Callable  # (state, cohort, key) -> (state, metrics)
     params: Callable  # state -> params, the model to evaluate
+    personal: Callable | None = None  # (state, id) -> params, client id's own model, where a method has such
 
 
 def make_cohort(

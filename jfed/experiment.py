@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,7 @@ def over_seeds(
       ValueError: if `seeds` is not a whole number of at least 1, if `resume` comes without `out`, or
         as in `report.open_run`.
     """
-    _validate.at_least_one(name, "seeds", options.seeds, "1 runs once")
-    if options.resume and options.out is None:
-        raise ValueError(f"{name}(resume=True, out=None): there is nothing to resume; give the run's folder as --out.")
-    out = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}" if options.out is None else options.out
-    settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "resume", "seeds")}
-    new = not out.exists()
-    whole = report.open_run(out, settings, resume=options.resume)
+    whole, settings, new = _open(name, options, ("out", "resume", "seeds"))
     summaries = []
     try:
         for seed in range(options.seeds):
@@ -121,6 +115,40 @@ def over_seeds(
             shutil.rmtree(whole.folder)
         raise
     return whole, _mean(summaries)
+
+
+def over_cells(
+    name: str, options: Options, cells: Mapping[str, Callable[[], Mapping[str, Any]]]
+) -> tuple[report.Run, dict[str, dict[str, Any]]]:
+    """Computes the cells of a table one after another, each into a folder of its own, skipping finished ones.
+
+    For experiments that compare: a cell is a method in a setting, over all its seeds (`run.sweep`), and what it
+    returns is kept, so that a run killed half-way and resumed goes on with the next cell.
+
+    Args:
+      name: of the experiment; names the default folder.
+      options: of the experiment; all but `out` and `resume` must agree when a run is resumed.
+      cells: for each name of a cell, fit for a folder, what computes its numbers, words and lists of them.
+
+    Returns:
+      `(run, results)`: the experiment's own folder, and what each cell returned.
+
+    Raises:
+      ValueError: if `resume` comes without `out`, or as in `report.open_run`.
+    """
+    whole, settings, new = _open(name, options, ("out", "resume"))
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        with report.progress(len(cells), name, unit="cells", writer=whole.writer) as advance:
+            for cell, compute in cells.items():
+                run = report.open_run(whole.folder / cell, settings | {"cell": cell}, resume=True)
+                results[cell] = run.summary or report.finish(run, compute(), show=False)
+                advance(1)
+    except (ValueError, OSError):
+        if new and whole.writer and not any(whole.folder.glob("*/summary.json")):
+            shutil.rmtree(whole.folder)
+        raise
+    return whole, results
 
 
 def conclude(run: report.Run, title: str, shown: dict[str, str], summary: dict[str, Any]) -> None:
@@ -225,6 +253,17 @@ def record(
             shown = {name: row[name] for name in ("loss", "accuracy", "dropped") if row.get(name)}
             advance(done, **shown)
             yield row, algorithm.params(moment.state)
+
+
+def _open(name: str, options: Options, left_out: tuple[str, ...]) -> tuple[report.Run, dict[str, Any], bool]:
+    """The experiment's folder, its settings but for those `left_out`, and whether the folder is new."""
+    _validate.at_least_one(name, "seeds", options.seeds, "1 runs once")
+    if options.resume and options.out is None:
+        raise ValueError(f"{name}(resume=True, out=None): there is nothing to resume; give the run's folder as --out.")
+    out = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}" if options.out is None else options.out
+    settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in left_out}
+    new = not out.exists()
+    return report.open_run(out, settings, resume=options.resume), settings, new
 
 
 def _mean(summaries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def use_cores(count: int | None = None) -> None:
     Raises:
       ValueError: if `count` is not a whole number of at least 1, or JAX has started with another number.
     """
+    _be_patient()
     if count is not None:
         _validate.at_least_one("use_cores", "count", count, "leave it out to use every core")
     elif "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
@@ -68,6 +69,17 @@ def use_cores(count: int | None = None) -> None:
                 f"use_cores(count={count}): JAX has started with {have} CPU devices; call it before anything "
                 "makes an array."
             ) from None
+
+
+def _be_patient() -> None:
+    """Lets a CPU device wait for another as long as it takes.
+
+    XLA ends the process if one waits a minute at a sum over devices, as happens where another has a large client.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jax.__version_info__ >= (0, 10) and "collective_call_terminate" not in flags:  # older ones know no such flag
+        waits = "warn_stuck_timeout_seconds=3600", "terminate_timeout_seconds=86400"
+        os.environ["XLA_FLAGS"] = " ".join([flags, *(f"--xla_cpu_collective_call_{wait}" for wait in waits)]).strip()
 
 
 def devices_along(where: str, mesh: Mesh, axis: str) -> int:

@@ -28,10 +28,12 @@ from jfed._terminal import human_bytes, human_seconds, progress, table
 
 __all__ = [
     "Run",
+    "fairness",
     "finish",
     "human_bytes",
     "human_seconds",
     "log",
+    "mean_and_std",
     "open_run",
     "progress",
     "rewind",
@@ -180,6 +182,40 @@ def worst_tenth(values: Any) -> float:
     values = np.sort(np.asarray(values, float).ravel())
     values = values[np.isfinite(values)]
     return float(values[: max(1, len(values) // 10)].mean())
+
+
+def mean_and_std(values: Any, digits: int = 1) -> str:
+    """A cell of a table: mean and sample standard deviation; `-` if some value is not finite.
+
+    >>> mean_and_std([83.0, 84.0, 85.0]), mean_and_std([84.0]), mean_and_std([84.0, math.nan])
+    ('84.0 ± 1.0', '84.0', '-')
+    """
+    values = np.asarray(values, float).ravel()
+    if not values.size or not np.all(np.isfinite(values)):
+        return "-"
+    spread = f" ± {values.std(ddof=1):.{digits}f}" if values.size > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"
+
+
+def fairness(values: Any) -> dict[str, float]:
+    """How evenly a result is spread over clients, as the fairness literature reports it.
+
+    `worst_tenth` and `best_tenth` are means over `max(1, floor(N / 10))` clients; the variance is over
+    all N, in squared units of the values: of accuracies in per cent it is that of Li et al. 2020
+    (arXiv:1905.10497), Table 1. NaNs, clients with nothing to judge, are left out.
+
+    >>> spread = fairness([50.0, 10.0, 90.0, math.nan])
+    >>> print({name: round(value, 1) for name, value in spread.items()})
+    {'mean': 50.0, 'worst_tenth': 10.0, 'best_tenth': 90.0, 'variance': 1066.7}
+    """
+    values = np.asarray(values, float).ravel()
+    values = values[np.isfinite(values)]
+    return {
+        "mean": float(values.mean()),
+        "worst_tenth": worst_tenth(values),
+        "best_tenth": -worst_tenth(-values),
+        "variance": float(values.var()),
+    }
 
 
 def finish(run: Run, summary: Mapping[str, Any], *, show: bool = True) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 All of them run inside a compiled program; `t` is the number of rounds completed before. `steps` is
 `work.steps`, which tells how many local steps a client of a given size completes. Weights are each
-client's number of examples n_k, as in FedAvg, except where clients are drawn in proportion to it.
+client's number of examples n_k, as in FedAvg, except where clients are drawn in proportion to it;
+`equally_weighted` makes them all alike. Samplers around a sampler, for stragglers and availability, are
+in `jfed.availability`.
 
 Letters: N clients in the population, C clients in a cohort, T rounds of a schedule.
 """
@@ -128,6 +130,27 @@ def schedule(ids: np.ndarray, *, steps: Steps) -> Sampler:
 
     def sample(population: Population, key: jax.Array, t: jax.Array) -> Cohort:
         return make_cohort(population, jnp.asarray(ids)[t % ids.shape[0]], steps=steps)
+
+    return sample
+
+
+def equally_weighted(sampler: Sampler) -> Sampler:
+    """The clients of another sampler, each of the same weight: 1 for everybody present.
+
+    Their mean is then over clients, whatever their sizes. Empty slots keep a weight of 0, and a weight that is
+    not a number stays so.
+
+    Args:
+      sampler: draws the cohort, with the key given here.
+
+    >>> population = Population((), jnp.array([0, 2, 5]), jnp.array([2, 3, 0]))
+    >>> print(equally_weighted(full(steps=lambda size: size))(population, jax.random.key(0), 0).weight)
+    [1. 1. 0.]
+    """
+
+    def sample(population: Population, key: jax.Array, t: jax.Array) -> Cohort:
+        cohort = sampler(population, key, t)
+        return cohort._replace(weight=jnp.where(cohort.weight > 0, 1.0, cohort.weight))
 
     return sample
 

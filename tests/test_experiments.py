@@ -14,6 +14,7 @@ SCRIPTS = {
     "quickstart": [],
     "fedavg_mnist": ["--split", "shards"],
     "fedavg_shakespeare": [],
+    "imbalance": [],
 }
 
 

@@ -130,7 +130,7 @@ def test_any_optax_optimizer_trains_the_client():
     ids=["sgd", "full_batch"],
 )
 def test_the_optimizer_is_told_the_anchor_the_round_and_the_loss(make):
-    def update_fn(updates, state, params=None, *, anchor, round, value):
+    def update_fn(updates, state, params=None, *, anchor, round, value, **others):
         pull = jax.tree.map(lambda p, a: p - a, params, anchor)
         return jax.tree.map(lambda g, d: -0.1 * g - 0.5 * d + round + value, updates, pull), state
 

@@ -336,3 +336,15 @@ def test_pictures_leave_the_global_state_of_matplotlib_alone(tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": str(Path(report.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+def test_fairness_of_one_value_for_all_has_no_variance():
+    spread = report.fairness(np.full(37, 80.0))
+    assert spread == {"mean": 80.0, "worst_tenth": 80.0, "best_tenth": 80.0, "variance": 0.0}
+
+
+def test_fairness_takes_the_tenths_at_both_ends():
+    values = np.random.default_rng(0).permutation(np.arange(100.0))
+    spread = report.fairness(values)
+    assert (spread["worst_tenth"], spread["best_tenth"]) == (np.arange(10).mean(), np.arange(90, 100).mean())
+    assert spread["variance"] == pytest.approx((100**2 - 1) / 12)

@@ -148,6 +148,20 @@ def test_a_schedule_is_followed_row_by_row_and_starts_over():
     assert rows == [[0, 1], [2, 12], [0, 1]]
 
 
+@samplers
+def test_equal_weights_change_nothing_but_weights(name):
+    plain, equal = draw(SAMPLERS[name], KEYS[:20]), draw(sampling.equally_weighted(SAMPLERS[name]), KEYS[:20])
+    np.testing.assert_array_equal(equal.weight, np.asarray(plain.size) > 0)
+    jax.tree.map(np.testing.assert_array_equal, equal._replace(weight=()), plain._replace(weight=()))
+
+
+def test_equal_weights_leave_a_weight_that_is_no_number_for_the_round_to_count():
+    def nan(population, key, t):
+        return SAMPLERS["full"](population, key, t)._replace(weight=jnp.full(12, jnp.nan))
+
+    assert np.all(np.isnan(draw(sampling.equally_weighted(nan), KEYS[:1]).weight))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -1,15 +1,59 @@
 """Methods: one file each."""
 
 from jfed.algorithms.adaptive import fedadagrad, fedadam, fedyogi
+from jfed.algorithms.afl import afl
+from jfed.algorithms.apfl import apfl
+from jfed.algorithms.asynchronous import fedasync, fedbuff
+from jfed.algorithms.baselines import centralised, local_only, pooled
+from jfed.algorithms.distillation import Kind, feddf, fedmd
+from jfed.algorithms.ditto import ditto
+from jfed.algorithms.feddyn import feddyn
 from jfed.algorithms.federated import FederatedState, fedavg, fedavgm, federated, fedsgd
+from jfed.algorithms.fednova import fednova
+from jfed.algorithms.fedprox import fedprox
+from jfed.algorithms.ifca import ifca
+from jfed.algorithms.mime import mime, mimelite
+from jfed.algorithms.partial import fedbn, fedper, fedrep, lg_fedavg, partially_local
+from jfed.algorithms.perfedavg import perfedavg, perfedavg_fo, perfedavg_hf
+from jfed.algorithms.pfedme import pfedme
+from jfed.algorithms.qfedavg import qfedavg
+from jfed.algorithms.scaffold import scaffold
 
 __all__ = [
     "FederatedState",
+    "Kind",
+    "afl",
+    "apfl",
+    "centralised",
+    "ditto",
     "fedadagrad",
     "fedadam",
+    "fedasync",
     "fedavg",
     "fedavgm",
+    "fedbn",
+    "fedbuff",
+    "feddf",
+    "feddyn",
     "federated",
+    "fedmd",
+    "fednova",
+    "fedper",
+    "fedprox",
+    "fedrep",
     "fedsgd",
     "fedyogi",
+    "ifca",
+    "lg_fedavg",
+    "local_only",
+    "mime",
+    "mimelite",
+    "partially_local",
+    "perfedavg",
+    "perfedavg_fo",
+    "perfedavg_hf",
+    "pfedme",
+    "pooled",
+    "qfedavg",
+    "scaffold",
 ]

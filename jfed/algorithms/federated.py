@@ -9,6 +9,7 @@ arXiv:2003.00295, Algorithm 1).
 Letters of the papers: K clients, n_k examples of client k, w global model, Delta pseudo-gradient.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,12 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jfed import _validate, tree
+from jfed import _streams, _validate, tree
 from jfed.clients import lanes
 from jfed.core import Algorithm, ClientMap, ClientWork, Cohort, Shared, Tree
-
-# Streams of the round's key besides the clients' own, which are numbered from 0: far past any id.
-_SERVER, _UPLINK = 2**31 - 1, 2**31 - 2
 
 
 class FederatedState(NamedTuple):
@@ -30,7 +28,8 @@ class FederatedState(NamedTuple):
     params: Tree  # the global model, w
     server: Tree  # state of the server optimizer
     aggregator: Tree  # state of the aggregator; () for the weighted mean
-    clients: Tree  # leaves [N, ...], each client's uplink state
+    uplink: Tree  # leaves [N, ...], each client's uplink state
+    memory: Tree  # leaves [N, ...], what a method remembers of each client
     round: jax.Array  # [] int32, rounds completed
 
 
@@ -42,14 +41,18 @@ def federated(
     aggregator: optax.GradientTransformation | None = None,
     client_map: ClientMap | None = None,
     num_clients: int | None = None,
+    memory: Callable[[Tree], Tree] | None = None,
+    message: Callable[[Tree], Tree] | None = None,
+    broadcast: Callable[[Tree, Shared, Cohort], Tree] | None = None,
+    decode: Callable[[Tree, Shared], Tree] | None = None,
 ) -> Algorithm:
     """Builds a federated method out of what a client does, what it sends and what the server does.
 
     Guarantees:
-      * A client is dropped whole if its update, message, weighted message or uplink state is not
-        finite, its weight is not a finite number of at least 0, or its id is not below the
+      * A client is dropped whole if its update, message, weighted message, uplink state or memory is
+        not finite, its weight is not a finite number of at least 0, or its id is not below the
         `num_clients` given: it weighs nothing and is counted under `"dropped"`.
-      * A client that is absent (weight 0) or dropped keeps its uplink state.
+      * A client that is absent (weight 0) or dropped keeps its uplink state and memory.
       * A round in which nobody reports leaves the model and the server's state as they were.
       * The result does not depend on the client map, client order or empty slots.
 
@@ -59,21 +62,29 @@ def federated(
     sent to and by clients; `"download_bytes"` and `"upload_bytes"`, bytes of ONE such message (uint32;
     from 4 GiB on float32).
 
-    Transforms may take the extra arguments `key` and `round` (rounds completed before this one);
-    the uplink's key is the client's own.
+    Transforms may take the extra arguments `key` and `round` (rounds completed before this one); the
+    uplink's key is the client's own; the server is also given `reports`, `weight`, the sum of theirs, and `extra`, what
+    was broadcast; the aggregator `weights` and `ids` [C].
 
     Args:
       work: keeps the pseudo-gradient and adds `{"loss", "examples"}`; see `jfed.local`.
       server: sees the aggregated pseudo-gradient; by default `optax.sgd(1.0)`.
       uplink: sees each client's pseudo-gradient once a round; its state is per client and persists.
         By default the pseudo-gradient is sent as it is.
-      aggregator: maps stacked messages [C, ...], given `weights=` [C], to their aggregate. By
-        default the weighted mean, formed as clients finish, without a stack.
+      aggregator: maps stacked messages [C, ...] to their aggregate, see `jfed.aggregate`. By default the
+        weighted mean, formed as clients finish, without a stack.
       client_map: how clients run; by default `lanes(16)`.
-      num_clients: clients in the population, N; needed when the uplink has state.
+      num_clients: clients in the population, N; needed when something is remembered of each.
+      memory: `params -> tree`, what is remembered of a client before its first round. The work finds it in
+        `client.state`, and keeps `(pseudo-gradient, new memory)`.
+      message: `params -> tree`, the shapes of what a work keeps in place of a pseudo-gradient, where they are
+        not those of `params`; the server makes updates of the model out of their aggregate.
+      broadcast: `(state of the server, shared, clients) -> tree`, what everybody is sent besides the model;
+        the work finds it in `shared.extra`.
+      decode: `(message, shared) -> tree`, makes what is averaged out of a message.
 
     Raises:
-      ValueError: at `init`, if the uplink has state and `num_clients` is missing.
+      ValueError: at `init`, if clients are remembered and `num_clients` is missing.
 
     >>> from jfed import core, local
     >>> work = local.full_batch(lambda w, x, key: (w - x) ** 2 / 2, optax.sgd(0.5))
@@ -89,37 +100,47 @@ def federated(
     uplink = optax.with_extra_args_support(optax.identity() if uplink is None else uplink)
     aggregator = None if aggregator is None else optax.with_extra_args_support(aggregator)
     client_map = lanes(16) if client_map is None else client_map
+    message = _same if message is None else message
+    decode = (lambda message, shared: message) if decode is None else decode
 
     def init_fn(params: Tree) -> FederatedState:
         params = jax.tree.map(jnp.asarray, params)
-        one = uplink.init(params)
+        like = message(params)
+        one = {"uplink": uplink.init(like), "memory": () if memory is None else memory(params)}
         if jax.tree.leaves(one) and num_clients is None:
             raise ValueError(
-                "federated(num_clients=None): this uplink keeps state for every client; "
+                "federated(num_clients=None): something is remembered of every client, by the method or the uplink; "
                 "pass num_clients, the number of clients in the population."
             )
+        everyone = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *jnp.shape(x))), one)
         return FederatedState(
             params=params,
             server=server.init(params),
-            aggregator=() if aggregator is None else aggregator.init(params),
-            clients=jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *jnp.shape(x))), one),
+            aggregator=() if aggregator is None else aggregator.init(like),
+            **everyone,
             round=jnp.zeros((), jnp.int32),
         )
 
-    def send(shared: Shared, client: Cohort, carry: Tree) -> tuple[Tree, Tree, Tree, Tree]:
-        """A client's update, the message made of it, its uplink state after that, and what its training added."""
-        update, trained = work.finish(shared, client, carry)
-        key = jax.random.fold_in(jax.random.fold_in(shared.key, _UPLINK), client.ids)
-        message, memory = uplink.update(update, client.state, shared.params, key=key, round=shared.round)
-        return update, message, memory, trained
+    def seen(client: Cohort) -> Cohort:
+        """The clients as their work sees them."""
+        return client._replace(state=client.state["memory"])
+
+    def send(shared: Shared, client: Cohort, carry: Tree) -> tuple[Tree, Tree, dict, Tree]:
+        """A client's update, the message made of it, what is remembered, and what its training added."""
+        update, trained = work.finish(shared, seen(client), carry)
+        update, remembered = (update, client.state["memory"]) if memory is None else update
+        key = jax.random.fold_in(jax.random.fold_in(shared.key, _streams.UPLINK), client.ids)
+        sent, state = uplink.update(update, client.state["uplink"], shared.params, key=key, round=shared.round)
+        return update, sent, {"uplink": state, "memory": remembered}, trained
 
     def finish_fn(shared: Shared, client: Cohort, carry: Tree) -> tuple[Tree, Tree]:
-        update, message, memory, trained = send(shared, client, carry)
-        weighted = jax.tree.map(lambda m: client.weight * m, message)
+        update, sent, remembered, trained = send(shared, client, carry)
+        decoded = decode(sent, shared)
+        weighted = jax.tree.map(lambda m: client.weight * m, decoded)
         # A message that is not finite is not finite weighted either; without an uplink the update is the message.
-        checked = (weighted, memory) if sent_as_is else (update, weighted, memory)
+        checked = (weighted, remembered) if sent_as_is else (update, weighted, remembered)
         sound = tree.all_finite(checked) & jnp.isfinite(client.weight) & (client.weight >= 0)
-        if jax.tree.leaves(client.state):
+        if jax.tree.leaves(client.state) and num_clients is not None:
             sound &= client.ids < num_clients
         reports = sound & (client.weight > 0)
 
@@ -133,39 +154,62 @@ def federated(
             "reports": reports.astype(jnp.int32),
             "dropped": (~sound & (client.weight != 0)).astype(jnp.int32),
         }
-        kept = {"memory": tree.select(reports, memory, client.state)}
+        kept = {"remembered": tree.select(reports, remembered, client.state)}
         if aggregator is None:
             return kept, added | {"message": if_(reports, weighted)}
-        return kept | {"message": if_(reports, message), "weight": weight}, added
+        return kept | {"message": if_(reports, decoded), "weight": weight}, added
 
     def round_fn(state: FederatedState, cohort: Cohort, key: jax.Array) -> tuple[FederatedState, dict]:
         shared = Shared(state.params, cohort.examples, key, state.round)
-        clients = cohort._replace(examples=(), state=tree.take(state.clients, cohort.ids))
-        kept, added = client_map(work._replace(finish=finish_fn), shared, clients)
+        everyone = {"uplink": state.uplink, "memory": state.memory}
+        remembered = tree.take(everyone, cohort.ids)
+        if memory is None:  # a method that drives this one may have brought it along
+            remembered["memory"] = cohort.state
+        clients = cohort._replace(examples=(), state=remembered)
+        if broadcast is not None:
+            shared = shared._replace(extra=broadcast(state.server, shared, seen(clients)))
+        whole = ClientWork(
+            work.steps,
+            start=lambda shared, client: work.start(shared, seen(client)),
+            step=lambda shared, client, carry, t: work.step(shared, seen(client), carry, t),
+            finish=finish_fn,
+        )
+        kept, added = client_map(whole, shared, clients)
 
-        extra = {"key": jax.random.fold_in(key, _SERVER), "round": state.round}
+        given = {"key": jax.random.fold_in(key, _streams.SERVER), "round": state.round}
+        like = jax.eval_shape(lambda shared: decode(message(shared.params), shared), shared)
         if aggregator is None:
             total = jnp.where(added["weight"] > 0, added["weight"], 1.0)
-            mean = jax.tree.map(lambda m, p: (m / total).astype(p.dtype), added["message"], state.params)
-            memory = state.aggregator
+            mean = jax.tree.map(lambda m, p: (m / total).astype(p.dtype), added["message"], like)
+            aggregated = state.aggregator
         else:
-            mean, memory = aggregator.update(
-                kept["message"], state.aggregator, state.params, weights=kept["weight"], **extra
+            mean, aggregated = aggregator.update(
+                kept["message"], state.aggregator, state.params, weights=kept["weight"], ids=cohort.ids, **given
             )
-        updates, server_state = server.update(mean, state.server, state.params, **extra)
+        updates, server_state = server.update(
+            mean,
+            state.server,
+            state.params,
+            reports=added["reports"],
+            weight=added["weight"],
+            extra=shared.extra,
+            **given,
+        )
         before = (state.params, state.server, state.aggregator)
-        after = (optax.apply_updates(state.params, updates), server_state, memory)
+        after = (optax.apply_updates(state.params, updates), server_state, aggregated)
         after = tree.select(added["reports"] > 0, after, before)
         # A client that is absent keeps its memory: nothing is written past the last row.
         row = jnp.where((cohort.steps > 0) | (cohort.weight != 0), cohort.ids, jnp.iinfo(jnp.int32).max)
-        memories = tree.put(state.clients, row, kept["memory"])
-        return FederatedState(*after, memories, state.round + 1), metrics_fn(shared, clients, added)
+        if memory is None:
+            everyone["memory"] = kept["remembered"]["memory"] = ()
+        everyone = tree.put(everyone, row, kept["remembered"])
+        return FederatedState(*after, **everyone, round=state.round + 1), metrics_fn(shared, clients, added)
 
     def metrics_fn(shared: Shared, clients: Cohort, added: dict) -> dict:
         def message_of(shared, client):
-            return send(shared, client, work.start(shared, client))[1]
+            return send(shared, client, work.start(shared, seen(client)))[1]
 
-        message = jax.eval_shape(message_of, shared, jax.eval_shape(lambda c: tree.take(c, 0), clients))
+        sent = jax.eval_shape(message_of, shared, jax.eval_shape(lambda c: tree.take(c, 0), clients))
         examples = added["trained"]["examples"]
         return {
             "loss": jnp.where(examples > 0, added["trained"]["loss"] / jnp.maximum(examples, 1), jnp.nan),
@@ -174,11 +218,15 @@ def federated(
             "steps": jnp.sum(clients.steps),
             "downloads": jnp.sum(clients.size > 0, dtype=jnp.int32),
             "uploads": jnp.sum(clients.weight != 0, dtype=jnp.int32),
-            "download_bytes": _count(tree.nbytes(shared.params)),
-            "upload_bytes": _count(tree.nbytes(message)),
+            "download_bytes": _count(tree.nbytes((shared.params, shared.extra))),
+            "upload_bytes": _count(tree.nbytes(sent)),
         }
 
     return Algorithm(init=init_fn, round=round_fn, params=lambda state: state.params)
+
+
+def _same(tree: Tree) -> Tree:
+    return tree
 
 
 def _count(nbytes: int) -> np.uint32 | np.float32:

@@ -12,8 +12,10 @@ from jfed.data import partition, shift, skew
 from jfed.data._checks import check, check_labels
 from jfed.data.population import by_owner, client, from_clients, owner, population, split
 from jfed.data.source import Source, from_loader, memory_mapped, on_host, save_memory_mapped
+from jfed.data.synthetic import quadratic_loss, quadratics, synthetic, synthetic_iid
 
-# The function `population` hides the module of that name; `from jfed.data.population import ...` still finds it.
+# The functions `population` and `synthetic` hide the modules of those names; `from jfed.data.population import ...`
+# still finds them.
 
 _LAZY = {
     "read_idx": "readers",
@@ -47,10 +49,14 @@ __all__ = [
     "owner",
     "partition",
     "population",
+    "quadratic_loss",
+    "quadratics",
     "save_memory_mapped",
     "shift",
     "skew",
     "split",
+    "synthetic",
+    "synthetic_iid",
     *_LAZY,
 ]
 

@@ -108,12 +108,6 @@ def owned_rows(where: str, population: Population) -> tuple[np.ndarray, np.ndarr
     return who, np.repeat(start - (np.cumsum(size) - size), size) + np.arange(who.size)
 
 
-def at_least_zero(where: str, name: str, value: Any, cure: str) -> None:
-    """Raises a `ValueError` unless `value` is a finite number of at least 0."""
-    if not (np.ndim(value) == 0 and np.isfinite(value) and value >= 0):
-        raise ValueError(f"{where}({name}={value!r}): {name} must be a finite number of at least 0; {cure}.")
-
-
 def numpy_generator(where: str, key: jax.Array) -> np.random.Generator:
     """A numpy generator seeded by a jax key, for host work on millions of rows that should not compile.
 

@@ -6,9 +6,9 @@ All of them give every row to exactly one client, keep their promise on the smal
 rows (never by drawing again until it holds), and finish in O(E log E + K N) for any arguments. They
 work in numpy, seeded by the jax key, so that millions of rows need no compile.
 
-Sources: McMahan et al. 2017 (arXiv:1602.05629) for `shards`; Yurochkin et al. 2019 (arXiv:1905.12022)
-and Li et al. 2022 (arXiv:2102.02079) for `dirichlet`; Li et al. 2020 (arXiv:1812.06127) for sizes that
-follow a power law or a lognormal.
+Sources: McMahan et al. 2017 (arXiv:1602.05629) for `shards`; Karimireddy et al. 2020 (arXiv:1910.06378) for
+`similarity`; Yurochkin et al. 2019 (arXiv:1905.12022) for `dirichlet` and Li et al. 2022 (arXiv:2102.02079)
+for it and `classes`; Li et al. 2020 (arXiv:1812.06127) for sizes that follow a power law or a lognormal.
 
 Letters: N clients, E examples, K classes.
 """
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from jfed import _validate
-from jfed.data._checks import at_least_zero, numpy_generator
+from jfed.data._checks import numpy_generator
 
 
 def iid(key: jax.Array, num_examples: int, *, num_clients: int) -> np.ndarray:
@@ -40,7 +40,7 @@ def iid(key: jax.Array, num_examples: int, *, num_clients: int) -> np.ndarray:
     >>> print(np.bincount(iid(jax.random.key(0), 10, num_clients=4)))
     [3 3 2 2]
     """
-    _check("iid", num_examples, num_clients, 1)
+    _check("iid", num_examples, num_clients, 1, None)
     owner = np.empty(num_examples, np.int32)
     owner[numpy_generator("iid", key).permutation(num_examples)] = np.arange(num_examples) % num_clients
     return owner
@@ -76,6 +76,107 @@ def shards(key: jax.Array, labels: Any, *, num_clients: int, shards_per_client: 
     dealt = numpy_generator("shards", key).permutation(num_shards) // shards_per_client
     owner = np.empty(labels.size, np.int32)
     owner[np.argsort(labels, kind="stable")] = dealt[np.arange(labels.size) * num_shards // labels.size]
+    return owner
+
+
+def similarity(key: jax.Array, labels: Any, *, num_clients: int, similarity: float) -> np.ndarray:
+    """A share of the rows dealt at random, the rest sorted by label and cut in order (Karimireddy et al. 2020).
+
+    With `similarity` 1 this is `iid`; with 0 each client holds one stretch of the sorted rows, the first clients
+    the lowest labels. The paper, section 7, has 0, 0.1 and 1. Which rows are dealt, and the order within a
+    label, are random.
+
+    Guarantees:
+      * Two clients' sizes differ by at most one row, and so do their numbers of sorted rows.
+      * `round(similarity * E)` rows are dealt at random.
+
+    Args:
+      key: random key.
+      labels: [E] integers.
+      num_clients: N.
+      similarity: share of the rows dealt at random, in [0, 1]; the paper's s is 100 times it.
+
+    Returns:
+      [E] int32 owners.
+
+    Raises:
+      ValueError: if `similarity` is not in [0, 1], there are more clients than rows, or labels are not [E]
+        integers.
+
+    >>> similarity(jax.random.key(0), np.repeat([0, 1], 3), num_clients=2, similarity=0.0).tolist()
+    [0, 0, 0, 1, 1, 1]
+    """
+    labels = _labels("similarity", labels)
+    _validate.within("similarity", "similarity", similarity, 0.0, 1.0, "0 is sorted by label, 1 is IID")
+    _check("similarity", labels.size, num_clients, 1, None)
+    rng = numpy_generator("similarity", key)
+    shuffled = rng.permutation(labels.size)
+    at_random, rest = np.split(shuffled, [round(float(similarity) * labels.size)])
+    rest = rest[np.argsort(labels[rest], kind="stable")]
+    cut = np.diff(np.arange(num_clients + 1) * rest.size // num_clients)  # sorted rows of each client
+    size = np.full(num_clients, labels.size // num_clients)
+    size[np.argsort(-cut, kind="stable")[: labels.size % num_clients]] += 1  # so that nobody has more sorted rows
+    owner = np.empty(labels.size, np.int32)
+    owner[rest] = np.repeat(np.arange(num_clients), cut)
+    owner[at_random] = np.repeat(np.arange(num_clients), size - cut)
+    return owner
+
+
+def classes(key: jax.Array, labels: Any, *, num_clients: int, classes_per_client: int) -> np.ndarray:
+    """Label skew by number: each client gets a few labels, the owners of a label share its rows (Li et al. 2022).
+
+    The paper's `#C = k`, section 4.1: each client is given k different labels at random, and the rows of a label
+    are divided at random and equally among its owners. As in its published code, each label is given to N / K
+    clients before the rest is left to chance; there a label may still be left without an owner, and its
+    rows are lost.
+
+    Guarantees:
+      * Every row has an owner, every client k labels and at least a row of each.
+      * Where labels have too few rows for that, a client has fewer labels, one at least; never more.
+      * Two owners of a label differ by at most one in its rows.
+
+    Args:
+      key: random key.
+      labels: [E] integers, K different ones.
+      num_clients: N.
+      classes_per_client: k; NIID-Bench has 1, 2 and 3.
+
+    Returns:
+      [E] int32 owners.
+
+    Raises:
+      ValueError: if k is not a whole number in [1, K], N * k < K, there are more clients than rows, or labels
+        are not [E] integers.
+
+    >>> labels = np.repeat(np.arange(4), 6)
+    >>> owner = classes(jax.random.key(0), labels, num_clients=6, classes_per_client=2)
+    >>> [len(set(labels[owner == i])) for i in range(6)]
+    [2, 2, 2, 2, 2, 2]
+    """
+    labels = _labels("classes", labels)
+    _validate.at_least_one("classes", "classes_per_client", classes_per_client, "two is usual")
+    _check("classes", labels.size, num_clients, 1, None)
+    _, label, count = np.unique(labels, return_inverse=True, return_counts=True)
+    if classes_per_client > count.size:
+        raise ValueError(
+            f"classes(classes_per_client={classes_per_client}): there are only {count.size} labels; ask for fewer."
+        )
+    if num_clients * classes_per_client < count.size:
+        raise ValueError(
+            f"classes(num_clients={num_clients}, classes_per_client={classes_per_client}): {count.size} labels need as "
+            "many owners; use more clients or more classes for each."
+        )
+    rng = numpy_generator("classes", key)
+    # How many clients own each label: no more than it has rows.
+    most = np.minimum(count, num_clients)
+    owners = np.minimum(most, max(num_clients // count.size, 1))
+    pairs = min(num_clients * classes_per_client, int(most.sum()))
+    owners += rng.multivariate_hypergeometric(most - owners, pairs - int(owners.sum()), method="marginals")
+    owner = np.empty(labels.size, np.int32)
+    shuffled = rng.permutation(labels.size)
+    by_label = np.split(shuffled[np.argsort(label[shuffled], kind="stable")], np.cumsum(count)[:-1])
+    for rows, clients in zip(by_label, _owners(rng, owners, num_clients), strict=True):
+        owner[rows] = np.resize(clients, rows.size)
     return owner
 
 
@@ -148,7 +249,7 @@ def quantity_lognormal(
     >>> np.bincount(quantity_lognormal(jax.random.key(0), 100, num_clients=4, sigma=0.0)).tolist()
     [25, 25, 25, 25]
     """
-    at_least_zero("quantity_lognormal", "sigma", sigma, "0 is IID, 1 is usual")
+    _validate.at_least_zero("quantity_lognormal", "sigma", sigma, "0 is IID, 1 is usual")
     _check("quantity_lognormal", num_examples, num_clients, min_size)
     rng = numpy_generator("quantity_lognormal", key)
     return _deal(rng, rng.standard_normal(num_clients), float(sigma), num_examples, min_size)
@@ -177,7 +278,7 @@ def quantity_power_law(
     >>> sorted(np.bincount(quantity_power_law(jax.random.key(0), 110, num_clients=3, exponent=1.0)).tolist())
     [20, 30, 60]
     """
-    at_least_zero("quantity_power_law", "exponent", exponent, "0 is IID, 1 is usual")
+    _validate.at_least_zero("quantity_power_law", "exponent", exponent, "0 is IID, 1 is usual")
     _check("quantity_power_law", num_examples, num_clients, min_size)
     rng = numpy_generator("quantity_power_law", key)
     return _deal(rng, -np.log(1 + rng.permutation(num_clients)), float(exponent), num_examples, min_size)
@@ -212,6 +313,24 @@ def natural(ids: Iterable[Hashable]) -> tuple[np.ndarray, list]:
     number: dict[Hashable, int] = {}
     owner = [number.setdefault(one, len(number)) for one in ids]
     return np.asarray(owner, np.int32), list(number)
+
+
+def _owners(rng: np.random.Generator, owners: np.ndarray, num_clients: int) -> list[np.ndarray]:
+    """Different clients [owners[j]] for each label j, so that clients' numbers of labels differ by at most one.
+
+    Labels in random order stand in line for the clients, who come up in one random order after another. A label
+    that is cut by the end of an order goes on with clients that it has not met.
+    """
+    chosen: list[np.ndarray] = [np.empty(0, int)] * owners.size
+    line = rng.permutation(num_clients)
+    for j in rng.permutation(owners.size):
+        taken, line = np.split(line, [owners[j]])
+        if (short := owners[j] - taken.size) > 0:
+            line = rng.permutation(num_clients)
+            new = np.flatnonzero(np.isin(line, taken, invert=True))[:short]
+            taken, line = np.concatenate([taken, line[new]]), np.delete(line, new)
+        chosen[j] = rng.permutation(taken)
+    return chosen
 
 
 def _log_dirichlet(rng: np.random.Generator, alpha: float, n: int) -> np.ndarray:
@@ -287,13 +406,13 @@ def _labels(where: str, labels: Any) -> np.ndarray:
     return labels
 
 
-def _check(where: str, num_examples: int, num_clients: int, each: int, name: str = "min_size") -> None:
+def _check(where: str, num_examples: int, num_clients: int, each: int, name: str | None = "min_size") -> None:
     _validate.at_least_one(where, "num_examples", num_examples, "there must be rows to deal")
     _validate.at_least_one(where, "num_clients", num_clients, "100 is usual")
     if isinstance(each, bool) or not isinstance(each, int | np.integer) or each < 0:
         raise ValueError(f"{where}({name}={each!r}): {name} must be a whole number of at least 0; 1 is usual.")
     if num_clients * each > num_examples:
-        what = f"{name}={each}, " if where != "iid" else ""
+        what = f"{name}={each}, " if name else ""
         raise ValueError(
             f"{where}({what}num_clients={num_clients}): {num_clients} clients of at least {each} make more than the "
             f"{num_examples} rows there are; use fewer clients{f' or a smaller {name}' if each > 1 else ''}."

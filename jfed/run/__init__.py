@@ -1,6 +1,6 @@
 """Running an algorithm: many rounds as one program, or one after another in your own loop; judging models; sweeps."""
 
-from jfed.run.evaluation import evaluate, evaluate_clients
+from jfed.run.evaluation import evaluate, evaluate_adapted, evaluate_clients
 from jfed.run.rounds import Moment, iterate, scan_rounds
 from jfed.run.stream import stream, stream_clients
 from jfed.run.sweep import Sweep, best_setting, sweep, sweep_table
@@ -10,6 +10,7 @@ __all__ = [
     "Sweep",
     "best_setting",
     "evaluate",
+    "evaluate_adapted",
     "evaluate_clients",
     "iterate",
     "scan_rounds",

@@ -40,18 +40,26 @@ def evaluate(metrics: Metrics, params: Tree, examples: Tree, *, batch_size: int 
     return {name: value[0] for name, value in one.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("metrics", "batch_size", "client_map"))
+@functools.partial(jax.jit, static_argnames=("metrics", "batch_size", "client_map", "personal"))
 def evaluate_clients(
-    metrics: Metrics, params: Tree, population: Population, *, batch_size: int = 32, client_map: ClientMap | None = None
+    metrics: Metrics,
+    params: Tree,
+    population: Population,
+    *,
+    batch_size: int = 32,
+    client_map: ClientMap | None = None,
+    personal: Callable[[Tree, jax.Array], Tree] | None = None,
 ) -> dict[str, jax.Array]:
-    """The metrics of one model on each client's examples.
+    """The metrics of one model, or of each client's own, on each client's examples.
 
     Args:
       metrics: `(params, batch) -> {name: (total [B], count [B])}`.
-      params: the model to judge.
+      params: the model to judge; with `personal`, what that makes the clients' models of.
       population: N clients; one without examples scores NaN.
       batch_size: examples at once; it does not change the result.
       client_map: how clients run; by default `lanes(16)`.
+      personal: `(params, id) -> the model of client id`, such as `algorithm.personal`, whose `params` is the
+        algorithm's state.
 
     Returns:
       `{name: [N]}`.
@@ -62,21 +70,122 @@ def evaluate_clients(
     _validate.at_least_one("evaluate_clients", "batch_size", batch_size, "a good start is 32")
     client_map = lanes(16) if client_map is None else client_map
 
-    def batch_sums(shared, client, batch):
-        row, real = client_rows(client, batch, batch_size)
-        values = metrics(shared.params, tree.take(shared.examples, row))
-        return {
-            name: jnp.stack([jnp.sum(jnp.where(real, total, 0.0)), jnp.sum(jnp.where(real, count, 0.0))])
-            for name, (total, count) in values.items()
-        }
+    def of(shared, model):
+        return shared.params if personal is None else model
+
+    def start_fn(shared, client):
+        model = () if personal is None else personal(shared.params, client.ids)
+        return model, _nothing(metrics, of(shared, model), shared.examples)
+
+    def step_fn(shared, client, carry, t):
+        model, sums = carry
+        rows = client_rows(client, t, batch_size)
+        return model, _add(sums, metrics, of(shared, model), shared.examples, *rows)
 
     work = ClientWork(
         steps=lambda size: -(-size // batch_size),
-        start=lambda shared, client: tree.zeros(jax.eval_shape(batch_sums, shared, client, jnp.int32(0))),
-        step=lambda shared, client, sums, t: jax.tree.map(jnp.add, sums, batch_sums(shared, client, t)),
-        finish=lambda shared, client, sums: (sums, ()),
+        start=start_fn,
+        step=step_fn,
+        finish=lambda shared, client, carry: (carry[1], ()),
     )
     cohort = make_cohort(population, jnp.arange(population.size.shape[0]), steps=work.steps)
     shared = Shared(params, cohort.examples, key=jax.random.key(0), round=jnp.zeros((), jnp.int32))
     sums, _ = client_map(work, shared, cohort._replace(examples=()))
+    return _means(sums)
+
+
+@functools.partial(jax.jit, static_argnames=("metrics", "work", "steps", "batch_size", "client_map", "personal"))
+def evaluate_adapted(
+    metrics: Metrics,
+    work: ClientWork,
+    params: Tree,
+    train: Population,
+    test: Population,
+    key: jax.Array,
+    *,
+    steps: int | None = None,
+    batch_size: int = 32,
+    client_map: ClientMap | None = None,
+    personal: Callable[[Tree, jax.Array], Tree] | None = None,
+) -> dict[str, jax.Array]:
+    """The metrics of a model on each client's examples, once the client has trained it on its own.
+
+    This is how Per-FedAvg is judged, after one local step, and how a model fine-tuned by each client is.
+
+    Args:
+      metrics: `(params, batch) -> {name: (total [B], count [B])}`.
+      work: how clients train; its carry has a field `params`.
+      params: the model they start from; with `personal`, what that makes the clients' models of.
+      train: N clients' examples to train on; a client without any is judged as it is.
+      test: the same N clients' examples to judge on; a client without any scores NaN.
+      key: for the training.
+      steps: local steps; by default as many as `work` does.
+      batch_size: examples judged at once; it does not change the result.
+      client_map: how clients run; by default `lanes(16)`.
+      personal: as in `evaluate_clients`.
+
+    Returns:
+      `{name: [N]}`.
+
+    Raises:
+      ValueError: if `train` and `test` differ in their number of clients, or `batch_size` is not a whole number
+        of at least 1.
+    """
+    _validate.at_least_one("evaluate_adapted", "batch_size", batch_size, "a good start is 32")
+    client_map = lanes(16) if client_map is None else client_map
+    n = train.size.shape[0]
+    if test.size.shape[0] != n:
+        raise ValueError(
+            f"evaluate_adapted(train of {n} clients, test of {test.size.shape[0]}): they must be the same clients, in "
+            "the same order."
+        )
+
+    def as_seen(shared, client):
+        """The round as the work knows it: from the client's model, over the examples to train on."""
+        model = shared.params if personal is None else personal(shared.params, client.ids)
+        return shared._replace(params=model, examples=shared.examples["train"]), client._replace(state=())
+
+    def finish_fn(shared, client, carry):
+        held_out = client._replace(**client.state)
+
+        def judge(batch, sums):
+            rows = client_rows(held_out, batch, batch_size)
+            return _add(sums, metrics, carry.params, shared.examples["test"], *rows)
+
+        nothing = _nothing(metrics, carry.params, shared.examples["test"])
+        return jax.lax.fori_loop(0, -(-held_out.size // batch_size), judge, nothing), ()
+
+    adapting = ClientWork(
+        work.steps,
+        start=lambda shared, client: work.start(*as_seen(shared, client)),
+        step=lambda shared, client, carry, t: work.step(*as_seen(shared, client), carry, t),
+        finish=finish_fn,
+    )
+    cohort = make_cohort(train, jnp.arange(n), steps=work.steps)
+    if steps is not None:
+        cohort = cohort._replace(steps=jnp.where(cohort.size > 0, steps, 0).astype(jnp.int32))
+    # Every client reports, also one that has nothing to train on.
+    clients = cohort._replace(
+        examples=(), weight=jnp.ones(n), state={"start": jnp.asarray(test.start), "size": jnp.asarray(test.size)}
+    )
+    examples = {"train": train.examples, "test": test.examples}
+    sums, _ = client_map(adapting, Shared(params, examples, key, jnp.zeros((), jnp.int32)), clients)
+    return _means(sums)
+
+
+def _add(sums: dict, metrics: Metrics, params: Tree, examples: Tree, row: jax.Array, real: jax.Array) -> dict:
+    """Totals and counts [2] of each metric, with those of a batch of rows added."""
+    values = metrics(params, tree.take(examples, row))
+    return {
+        name: sums[name] + jnp.stack([jnp.sum(jnp.where(real, total, 0.0)), jnp.sum(jnp.where(real, count, 0.0))])
+        for name, (total, count) in values.items()
+    }
+
+
+def _nothing(metrics: Metrics, params: Tree, examples: Tree) -> dict:
+    names = jax.eval_shape(lambda: metrics(params, tree.take(examples, jnp.arange(1))))
+    return {name: jnp.zeros(2) for name in names}
+
+
+def _means(sums: dict) -> dict[str, jax.Array]:
     return {name: s[:, 0] / s[:, 1] for name, s in sums.items()}

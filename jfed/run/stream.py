@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jfed import _validate
+from jfed import _streams, _validate
 from jfed.clients.dealt import deal_on_host
 from jfed.core import Algorithm, Cohort, Population, Tree, make_cohort
 from jfed.data.source import Source, check_rows, fetch, row_of
@@ -31,7 +31,6 @@ from jfed.run.rounds import Moment, keys_of_round
 from jfed.sampling import Sampler
 
 _MOST_ROWS = 2**31 - 1  # `start` is int32
-_NOBODY = 2**31 - 3  # id of an empty slot where N is not known; the two above are keys of `federated`
 
 
 def stream(
@@ -221,7 +220,7 @@ def stream_clients(
             )
         cohort = jax.tree.map(np.asarray, _look_up(steps, *jax.device_put((np.cumsum(size) - size, size), host)))
         real = np.arange(cohort_size) < len(taken)
-        cohort = cohort._replace(ids=np.where(real, t * cohort_size + cohort.ids, _NOBODY).astype(np.int32))
+        cohort = cohort._replace(ids=np.where(real, t * cohort_size + cohort.ids, _streams.NOBODY).astype(np.int32))
         return send(cohort, lambda _: block("stream_clients", row, capacity, taken), row, capacity, None, "")
 
     return _moments(algorithm, make, state, key, int(start), every, None)

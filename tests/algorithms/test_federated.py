@@ -144,7 +144,7 @@ def test_a_dropped_client_keeps_its_uplink_state():
     remember = optax.trace(decay=0.9)
     algorithm = federated(poisoned(5), uplink=remember, num_clients=12)
     state, _ = algorithm.round(algorithm.init(PARAMS), cohort_of([3, 5], WORK), KEY)
-    memory = state.clients.trace["w"]
+    memory = state.uplink.trace["w"]
     assert np.all(memory[5] == 0) and np.any(memory[3] != 0) and np.all(memory[4] == 0)
 
 
@@ -209,7 +209,7 @@ def test_an_absent_client_keeps_its_uplink_state():
     algorithm = federated(WORK, uplink=optax.trace(decay=0.9), num_clients=12)
     cohort = cohort_of([3, 5], WORK)
     state, _ = one_round(algorithm, cohort._replace(weight=cohort.weight.at[0].set(0.0)))
-    memory = state.clients.trace["w"]
+    memory = state.uplink.trace["w"]
     assert np.all(memory[3] == 0) and np.any(memory[5] != 0)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from jfed.data import partition
 from jfed.data.population import by_owner
@@ -13,6 +14,13 @@ from jfed.data.population import by_owner
 PARTITIONERS = {
     "iid": (lambda k, y, n, m: partition.iid(k, len(y), num_clients=n), False),
     "shards": (lambda k, y, n, m: partition.shards(k, y, num_clients=n, shards_per_client=1), False),
+    "similarity": (lambda k, y, n, m: partition.similarity(k, y, num_clients=n, similarity=0.3), False),
+    "classes": (
+        lambda k, y, n, m: partition.classes(
+            k, y, num_clients=n, classes_per_client=max(-(-np.unique(y).size // max(n, 1)), 1)
+        ),
+        False,
+    ),
     "dirichlet": (lambda k, y, n, m: partition.dirichlet(k, y, num_clients=n, alpha=0.5, min_size=m), True),
     "dirichlet 1e-8": (lambda k, y, n, m: partition.dirichlet(k, y, num_clients=n, alpha=1e-8, min_size=m), True),
     "dirichlet 1e8": (lambda k, y, n, m: partition.dirichlet(k, y, num_clients=n, alpha=1e8, min_size=m), True),
@@ -143,6 +151,118 @@ def test_one_client_a_shard_is_the_sorted_order_cut():
     assert owner[0] == owner[4] and owner[1] == owner[3] and owner[2] == owner[5] and len(set(owner)) == 3
 
 
+# similarity
+
+
+def test_similarity_one_is_iid_and_zero_is_the_sorted_order_cut():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 50))
+    owner = partition.similarity(jax.random.key(0), labels, num_clients=8, similarity=0.0)
+    assert [set(labels[owner == i]) for i in range(8)] == [{i // 2} for i in range(8)]
+    owner = partition.similarity(jax.random.key(0), labels, num_clients=2, similarity=1.0)
+    assert stats.chisquare(np.bincount(labels[owner == 0])).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.37, 0.98, 1.0])
+@pytest.mark.parametrize("num_clients", [1, 7, 99, 103])
+def test_similarity_gives_equal_sizes_whatever_the_numbers(num_clients, share):
+    labels = np.arange(103) % 5
+    owner = partition.similarity(jax.random.key(0), labels, num_clients=num_clients, similarity=share)
+    assert np.ptp(np.bincount(owner, minlength=num_clients)) <= 1
+
+
+def test_similarity_deals_its_share_of_each_client_at_random():
+    labels = np.repeat(np.arange(10), 10_000)
+    owner = partition.similarity(jax.random.key(1), labels, num_clients=10, similarity=0.2)
+    table = np.bincount(owner * 10 + labels, minlength=100).reshape(10, 10)
+    # Client i has its stretch of the sorted rest, nearly all of label i, and two thousand rows of any label.
+    away = table[~np.eye(10, dtype=bool)]
+    assert np.all(np.abs(away - 200) < 4 * np.sqrt(200) + 100)  # a stretch may reach 100 rows into the next label
+    assert np.all(np.abs(np.diag(table) - 8200) < 4 * np.sqrt(200) + 200)
+
+
+def test_which_rows_similarity_deals_at_random_depends_on_no_label():
+    labels = np.repeat(np.arange(2), [1000, 9000])
+    owner = partition.similarity(jax.random.key(2), labels, num_clients=10, similarity=0.5)
+    rare = np.bincount(owner[labels == 0], minlength=10)
+    assert abs(rare[1:].sum() - 450) < 4 * np.sqrt(500 * 0.5 * 0.9)  # half of the rare rows, nine tenths of those
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, np.nan])
+def test_similarity_refuses_what_is_no_share(share):
+    with pytest.raises(ValueError, match=r"similarity\(similarity=.*must lie in \[0.0, 1.0\]"):
+        partition.similarity(jax.random.key(0), np.zeros(3, int), num_clients=1, similarity=share)
+
+
+# classes
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 10])
+@pytest.mark.parametrize("num_clients", [10, 37, 100])
+def test_every_client_has_exactly_k_classes_and_owners_share_a_class_equally(k, num_clients):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), np.arange(1, 11) * 100))
+    owner = partition.classes(jax.random.key(k), labels, num_clients=num_clients, classes_per_client=k)
+    table = np.bincount(owner * 10 + labels, minlength=10 * num_clients).reshape(num_clients, 10)
+    assert np.all((table > 0).sum(1) == k) and table.sum() == len(labels)
+    for column in table.T:
+        assert column.any() and np.ptp(column[column > 0]) <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.integers(1, 12), st.integers(1, 8), st.integers(0, 99))
+def test_clients_never_have_more_classes_than_asked_for_nor_none(counts, num_clients, k, seed):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    possible = k <= len(counts) <= num_clients * k and num_clients <= len(labels)
+    if not possible:
+        with pytest.raises(ValueError, match=r"classes\("):
+            partition.classes(jax.random.key(seed), labels, num_clients=num_clients, classes_per_client=k)
+        return
+    owner = partition.classes(jax.random.key(seed), labels, num_clients=num_clients, classes_per_client=k)
+    table = np.bincount(owner * len(counts) + labels, minlength=num_clients * len(counts)).reshape(num_clients, -1)
+    held = (table > 0).sum(1)
+    enough = np.minimum(counts, num_clients).sum() >= num_clients * k
+    assert held.min() >= 1 and held.max() <= k and np.ptp(held) <= 1 and (not enough or held.min() == k)
+
+
+def test_classes_favour_no_client_no_label_and_no_pair():
+    labels = np.repeat(np.arange(5), 100)
+    held = np.zeros((10, 5))
+    pairs = np.zeros((5, 5))
+    for seed in range(400):
+        owner = partition.classes(jax.random.key(seed), labels, num_clients=10, classes_per_client=2)
+        has = np.zeros((10, 5))
+        has[owner, labels] = 1
+        held += has
+        pairs += has.T @ has
+    # A client holds a label with probability 2/5, two given labels with 1/10.
+    assert np.all(np.abs(held - 160) < 4 * np.sqrt(400 * 0.4 * 0.6))
+    assert np.all(np.abs(pairs[~np.eye(5, dtype=bool)] - 400) < 4 * np.sqrt(4000 * 0.1 * 0.9) * np.sqrt(10))
+    assert (
+        len(
+            {
+                tuple(np.bincount(partition.classes(jax.random.key(s), labels, num_clients=10, classes_per_client=2)))
+                for s in range(5)
+            }
+        )
+        > 1
+    )
+
+
+def test_a_class_of_few_rows_has_no_more_owners_than_rows():
+    labels = np.repeat([0, 1], [3, 997])
+    owner = partition.classes(jax.random.key(0), labels, num_clients=20, classes_per_client=1)
+    assert set(np.bincount(owner[labels == 0])) <= {0, 1} and np.bincount(owner, minlength=20).min() >= 1
+
+
+def test_too_many_or_too_few_classes_are_errors():
+    labels = np.arange(30) % 3
+    with pytest.raises(ValueError, match=r"classes\(classes_per_client=4\): there are only 3 labels; ask for fewer"):
+        partition.classes(jax.random.key(0), labels, num_clients=5, classes_per_client=4)
+    with pytest.raises(ValueError, match=r"num_clients=2, classes_per_client=1\): 3 labels need as many owners"):
+        partition.classes(jax.random.key(0), labels, num_clients=2, classes_per_client=1)
+    with pytest.raises(ValueError, match=r"classes\(classes_per_client=0\)"):
+        partition.classes(jax.random.key(0), labels, num_clients=5, classes_per_client=0)
+
+
 # dirichlet
 
 
@@ -208,7 +328,7 @@ def test_dirichlet_refuses_an_alpha_that_is_not_finite_and_positive(alpha):
 
 @pytest.mark.parametrize("labels", [np.zeros((3, 1), int), np.zeros(3), np.array(["a"])])
 def test_labels_that_are_not_a_row_of_integers_are_refused(labels):
-    for run in (PARTITIONERS["dirichlet"][0], PARTITIONERS["shards"][0]):
+    for run in (PARTITIONERS[name][0] for name in ("dirichlet", "shards", "similarity", "classes")):
         with pytest.raises(ValueError, match=r"labels must be integers of shape \[E\]; number other kinds"):
             run(jax.random.key(0), labels, 1, 1)
 

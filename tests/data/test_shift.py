@@ -1,4 +1,4 @@
-"""Feature shift changes inputs as its paper says, and nothing else."""
+"""Shift changes inputs, or labels, as its paper says, and nothing else."""
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +73,36 @@ def test_rotate_keeps_the_dtype_and_the_population_it_was_given():
     np.testing.assert_array_equal(IMAGES.examples["x"], before)
 
 
+LABELLED = population({"x": np.ones((6, 2), np.float32), "y": np.array([0, 1, 2, 3, 2, 1])}, [1, 2, 3])
+
+
+def test_flipped_labels_are_counted_from_the_other_end_for_the_clients_named_only():
+    flipped = shift.flip_labels(LABELLED, np.array([0, 2]), num_classes=4)
+    assert flipped.examples["y"].tolist() == [3, 1, 2, 0, 1, 2]
+    assert flipped.examples["y"].dtype == LABELLED.examples["y"].dtype
+    assert flipped.examples["x"] is LABELLED.examples["x"]
+
+
+def test_labels_flipped_twice_are_as_before():
+    twice = shift.flip_labels(shift.flip_labels(LABELLED, [1], num_classes=4), [1], num_classes=4)
+    np.testing.assert_array_equal(twice.examples["y"], LABELLED.examples["y"])
+
+
+def test_flipping_spares_padding_and_rows_nobody_owns():
+    y = jnp.array([[0, -1], [1, 2], [0, -1]])
+    flipped = shift.flip_labels(Population({"y": y}, jnp.array([1]), jnp.array([2])), [0], num_classes=3)
+    assert flipped.examples["y"].tolist() == [[0, -1], [1, 0], [2, -1]]
+
+
+def test_flipping_nobodys_labels_changes_nothing():
+    np.testing.assert_array_equal(shift.flip_labels(LABELLED, [], num_classes=4).examples["y"], LABELLED.examples["y"])
+
+
 KEY = jax.random.key(0)
 BAD = {
+    "a client that is not": (lambda: shift.flip_labels(LABELLED, [3], num_classes=4), r"by integers in \[0, 3\)"),
+    "label beyond the classes": (lambda: shift.flip_labels(LABELLED, [0], num_classes=3), "label 3 at row 3"),
+    "label leaf": (lambda: shift.flip_labels(LABELLED, [0], num_classes=4, leaf="z"), "no leaf 'z'"),
     "negative": (lambda: shift.noise(KEY, FLAT, sigma=-1.0), r"noise\(sigma=-1.0\).*at least 0"),
     "nan": (lambda: shift.noise(KEY, FLAT, sigma=float("nan")), "finite"),
     "leaf": (lambda: shift.noise(KEY, FLAT, sigma=1.0, leaf="z"), "no leaf 'z'"),

@@ -1,10 +1,12 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import problem
 import pytest
 from problem import PARAMS, POPULATION
 
-from jfed import run
+from jfed import local, run
 from jfed.clients import lanes, vectorised
 
 
@@ -39,3 +41,45 @@ def test_a_client_without_examples_scores_nan_and_harms_nobody():
     whole = run.evaluate_clients(problem.metrics, PARAMS, POPULATION)["accuracy"]
     assert np.isnan(result[3])
     np.testing.assert_array_equal(np.delete(result, 3), np.delete(whole, 3))
+
+
+def test_each_clients_own_model_is_judged_on_its_examples():
+    def personal(params, i):
+        return jax.tree.map(lambda p: p * (1.0 + 0.1 * i), params)
+
+    found = run.evaluate_clients(problem.metrics, PARAMS, POPULATION, batch_size=4, personal=personal)["loss"]
+    for i in (0, 3, 11):
+        own = problem.loss(personal(PARAMS, i), problem.examples_of(i), None).mean()
+        np.testing.assert_allclose(found[i], own, rtol=1e-5)
+
+
+ADAPT = local.full_batch(problem.loss, optax.sgd(0.3), epochs=2, chunk_size=16)
+
+
+@pytest.mark.parametrize("steps", [0, 1, None])
+def test_a_client_adapts_to_its_training_examples_and_is_judged_on_the_others(steps):
+    # Client i trains on its own rows and is judged on those of its neighbour.
+    test = POPULATION._replace(start=jnp.roll(POPULATION.start, 1), size=jnp.roll(POPULATION.size, 1))
+    found = run.evaluate_adapted(
+        problem.metrics, ADAPT, PARAMS, POPULATION, test, jax.random.key(0), steps=steps, batch_size=4
+    )["loss"]
+    for i in (0, 3, 11):
+        w = {k: np.asarray(v, np.float64) for k, v in PARAMS.items()}
+        for _ in range(2 if steps is None else steps):
+            g = problem.numpy_gradient(w, *problem.examples_of(i).values())
+            w = {k: w[k] - 0.3 * g[k] for k in w}
+        np.testing.assert_allclose(found[i], problem.loss(w, problem.examples_of((i - 1) % 12), None).mean(), rtol=1e-5)
+
+
+def test_a_client_with_nothing_to_train_on_is_judged_as_it_is():
+    hollow = POPULATION._replace(size=POPULATION.size.at[3].set(0))
+    found = run.evaluate_adapted(problem.metrics, ADAPT, PARAMS, hollow, POPULATION, jax.random.key(0))["loss"]
+    plain = run.evaluate_clients(problem.metrics, PARAMS, POPULATION)["loss"]
+    np.testing.assert_allclose(found[3], plain[3], rtol=1e-6)
+    assert not np.isclose(found[5], plain[5])
+
+
+def test_populations_of_different_clients_are_refused():
+    few = POPULATION._replace(start=POPULATION.start[:3], size=POPULATION.size[:3])
+    with pytest.raises(ValueError, match=r"evaluate_adapted\(train of 12 clients, test of 3\)"):
+        run.evaluate_adapted(problem.metrics, ADAPT, PARAMS, POPULATION, few, jax.random.key(0))

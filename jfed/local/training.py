@@ -1,9 +1,4 @@
-"""What one client does between receiving the model and sending its update back.
-
-Each factory returns a `ClientWork` whose `finish` keeps the client's pseudo-gradient
-`params - new_params` and adds `{"loss", "examples"}`: the sum of the per-example losses met in
-training, and how many there were. A loss is `loss(params, batch, key) -> [B]`, one value an
-example, so that short batches are weighted exactly; it must not mix the examples of a batch.
+"""Local training: epochs of mini-batches, full batches, or a gradient and no training.
 
 Local training is McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1, ClientUpdate, except that the
 paper splits a client's examples into batches once, and here every epoch splits them anew.
@@ -11,7 +6,6 @@ paper splits a client's examples into batches once, and here every epoch splits 
 Letters: n examples of the client, B batch size.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,16 +15,7 @@ import optax
 from jfed import _validate, shuffle, tree
 from jfed._fusion import after
 from jfed.core import ClientWork, Cohort, Shared, Tree
-
-Loss = Callable[[Tree, Tree, jax.Array], jax.Array]
-
-
-class Pass(NamedTuple):
-    """Sums over the examples met in the pass under way."""
-
-    gradient: Tree  # of the per-example gradients; at least float32
-    loss: jax.Array  # [] float32
-    examples: jax.Array  # [] float32
+from jfed.local.gradients import Batch, Gradient, Loss, Sums, client_rows, num_batches, of_loss, places, whole
 
 
 class Carry(NamedTuple):
@@ -39,7 +24,7 @@ class Carry(NamedTuple):
     params: Tree  # the client's model
     optimizer: Tree  # state of the client optimizer
     order: Tree  # words of the order of its examples, see `jfed.shuffle`; () where they come as stored
-    so_far: Pass | tuple  # () where every step ends with an update
+    so_far: Sums | tuple  # over the pass under way, in float32 or better; () where every step ends with an update
     loss: jax.Array  # [] float32, sum of the per-example losses met
     examples: jax.Array  # [] float32, how many there were
 
@@ -51,12 +36,10 @@ def sgd(loss: Loss, optimizer: optax.GradientTransformation, *, batch_size: int,
     what is left over and its gradient is the mean over just those. A client does
     `epochs * ceil(n / B)` local steps.
 
-    The optimizer may take the extra arguments `anchor` (the round's global params), `round`
-    (rounds completed before this one) and `value` (the batch loss).
-
     Args:
       loss: `(params, batch, key) -> [B]`.
-      optimizer: the client optimizer; its state starts anew each round.
+      optimizer: the client optimizer; its state starts anew each round. `jfed.local.links` tells the
+        extra arguments it may take.
       batch_size: examples a local step, B.
       epochs: passes over the client's examples.
 
@@ -69,6 +52,10 @@ def sgd(loss: Loss, optimizer: optax.GradientTransformation, *, batch_size: int,
     """
     _validate.at_least_one("sgd", "batch_size", batch_size, "10 is FedAvg's choice; full_batch uses every example")
     _validate.at_least_one("sgd", "epochs", epochs, "a straggler does less by its cohort's `steps`")
+    return _sgd(of_loss(loss), optimizer, batch_size, epochs)
+
+
+def _sgd(gradient: Gradient, optimizer: optax.GradientTransformation, batch_size: int, epochs: int) -> ClientWork:
     optimizer = optax.with_extra_args_support(optimizer)
 
     def key_of(shared: Shared, client: Cohort) -> jax.Array:
@@ -79,21 +66,26 @@ def sgd(loss: Loss, optimizer: optax.GradientTransformation, *, batch_size: int,
         return _start(optimizer, shared)._replace(order=shuffle.draw(key_of(shared, client)))
 
     def step_fn(shared: Shared, client: Cohort, carry: Carry, t: jax.Array) -> Carry:
-        batches = _batches(client.size, batch_size)
-        place, real = _places(client.size, t % batches, batch_size)
-        row = client.start + shuffle.position(carry.order, place, client.size, epoch=t // batches)
-        batch = tree.take(shared.examples, row)
+        batches = num_batches(client.size, batch_size)
+        epoch = t // batches
 
-        loss_key = jax.random.fold_in(key_of(shared, client), t)
-        met = _sums(loss, carry.params, batch, real, loss_key)
+        def batch(ahead: int) -> Batch:
+            place, real = places(client.size, (t + ahead) % batches, batch_size)
+            row = client.start + shuffle.position(carry.order, place, client.size, epoch=epoch)
+            key = _ahead(jax.random.fold_in(key_of(shared, client), t), ahead)
+            return Batch(tree.take(shared.examples, row), real, key)
+
+        met = gradient(shared, client, carry.params, batch)
         carry = carry._replace(loss=carry.loss + met.loss, examples=carry.examples + met.examples)
-        return _descend(optimizer, shared, carry, met)
+        return _descend(optimizer, shared, client, carry, met, epoch)
 
     return ClientWork(
-        steps=lambda size: epochs * _batches(size, batch_size),
+        steps=lambda size: epochs * num_batches(size, batch_size),
         start=start_fn,
         step=step_fn,
         finish=_finish,
+        remake=lambda change: _sgd(*change(gradient, optimizer), batch_size, epochs),
+        whole=whole(gradient, batch_size),
     )
 
 
@@ -104,11 +96,12 @@ def full_batch(
 
     The gradient is summed over chunks, so memory does not grow with the client; a client does
     `epochs * ceil(n / chunk_size)` local steps, and one stopped in the middle of a pass keeps the
-    passes it completed. The optimizer may take the extra arguments that `sgd` names.
+    passes it completed.
 
     Args:
       loss: `(params, batch, key) -> [B]`.
-      optimizer: the client optimizer; its state starts anew each round.
+      optimizer: the client optimizer; its state starts anew each round. `jfed.local.links` tells the
+        extra arguments it may take.
       epochs: optimizer steps.
       chunk_size: examples at once; it does not change the result of a loss that draws nothing.
 
@@ -117,21 +110,31 @@ def full_batch(
     """
     _validate.at_least_one("full_batch", "epochs", epochs, "a straggler does less by its cohort's `steps`")
     _validate.at_least_one("full_batch", "chunk_size", chunk_size, "a good start is 64")
+    return _full_batch(of_loss(loss), optimizer, epochs, chunk_size)
+
+
+def _full_batch(
+    gradient: Gradient, optimizer: optax.GradientTransformation, epochs: int, chunk_size: int
+) -> ClientWork:
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step_fn(shared: Shared, client: Cohort, carry: Carry, t: jax.Array) -> Carry:
-        carry = _add_chunk(loss, chunk_size, shared, client, carry, t)
+        chunks = num_batches(client.size, chunk_size)
+        carry = _add_chunk(gradient, chunk_size, shared, client, carry, t)
 
         def end_of_pass(carry):
-            return _descend(optimizer, shared, carry, carry.so_far)._replace(so_far=_nothing(shared))
+            carry = _descend(optimizer, shared, client, carry, carry.so_far, t // chunks)
+            return carry._replace(so_far=_nothing(shared))
 
-        return jax.lax.cond((t + 1) % _batches(client.size, chunk_size) == 0, end_of_pass, lambda c: c, carry)
+        return jax.lax.cond((t + 1) % chunks == 0, end_of_pass, lambda c: c, carry)
 
     return ClientWork(
-        steps=lambda size: epochs * _batches(size, chunk_size),
+        steps=lambda size: epochs * num_batches(size, chunk_size),
         start=lambda shared, client: _start(optimizer, shared)._replace(so_far=_nothing(shared)),
         step=step_fn,
         finish=_finish,
+        remake=lambda change: _full_batch(*change(gradient, optimizer), epochs, chunk_size),
+        whole=whole(gradient, chunk_size),
     )
 
 
@@ -148,86 +151,40 @@ def gradient(loss: Loss, *, chunk_size: int = 64) -> ClientWork:
       ValueError: if `chunk_size` is not a whole number of at least 1.
     """
     _validate.at_least_one("gradient", "chunk_size", chunk_size, "a good start is 64")
+    sums = of_loss(loss)
 
     def step_fn(shared: Shared, client: Cohort, carry: Carry, t: jax.Array) -> Carry:
         # A cohort built with another work's steps may ask for more than one pass.
-        once = client._replace(size=jnp.where(t < _batches(client.size, chunk_size), client.size, 0))
-        return _add_chunk(loss, chunk_size, shared, once, carry, t)
+        once = client._replace(size=jnp.where(t < num_batches(client.size, chunk_size), client.size, 0))
+        return _add_chunk(sums, chunk_size, shared, once, carry, t)
 
     def finish_fn(shared: Shared, client: Cohort, carry: Carry) -> tuple[Tree, Tree]:
         mean = _mean(carry.so_far, shared.params)
         return mean, {"loss": carry.loss, "examples": carry.examples}
 
     return ClientWork(
-        steps=lambda size: _batches(size, chunk_size),
+        steps=lambda size: num_batches(size, chunk_size),
         start=lambda shared, client: Carry(shared.params, (), (), _nothing(shared), jnp.zeros(()), jnp.zeros(())),
         step=step_fn,
         finish=finish_fn,
+        whole=whole(sums, chunk_size),
     )
 
 
-def scale_by_round(factor: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformationExtraArgs:
-    """Multiplies a client's steps by `factor(round)`: a learning rate that decays over rounds.
-
-    >>> halve = optax.chain(optax.sgd(1.0), scale_by_round(lambda r: 0.5**r))
-    >>> print(halve.update(jnp.array(8.0), halve.init(jnp.array(0.0)), round=2)[0])
-    -2.0
-    """
-
-    def update_fn(updates, state, params=None, *, round, **extra_args):
-        del params, extra_args
-        return jax.tree.map(lambda u: (u * factor(round)).astype(u.dtype), updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+def _ahead(key: jax.Array, steps: int) -> jax.Array:
+    return jax.random.fold_in(key, steps) if steps else key
 
 
-def client_rows(client: Cohort, batch: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
-    """Rows of a client's `batch`-th run of examples in stored order.
-
-    Returns:
-      `(row, real)`: [B] int32 rows of the cohort's examples, and [B] bool, False past the client's end
-      (where `row` repeats a row of the client).
-    """
-    place, real = _places(client.size, batch, batch_size)
-    return client.start + place, real
-
-
-def _batches(size: jax.Array, batch_size: int) -> jax.Array:
-    """ceil(size / batch_size), and 1 for a client without examples: it divides."""
-    return jnp.maximum(-(-size // batch_size), 1)
-
-
-def _places(size: jax.Array, batch: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
-    place = batch * batch_size + jnp.arange(batch_size)
-    return jnp.minimum(place, jnp.maximum(size, 1) - 1), place < size
-
-
-def _sums(loss: Loss, params: Tree, batch: Tree, real: jax.Array, key: jax.Array) -> Pass:
-    """Sums over the real examples of a batch."""
-
-    def total(params):
-        values = loss(params, batch, key)
-        if getattr(values, "shape", None) != real.shape:
-            raise ValueError(
-                f"loss returned {values} for a batch of {real.shape[0]}: "
-                f"it must return one value an example, shape {real.shape}; leave out the mean over the batch."
-            )
-        return jnp.sum(jnp.where(real, values, 0.0), dtype=jnp.float32)
-
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            raise ValueError(
-                f"params{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)} and cannot be trained; "
-                "params must be floating, so keep counters and the like elsewhere."
-            )
-    value, gradient = jax.value_and_grad(total)(params)
-    return Pass(gradient, value, jnp.sum(real, dtype=jnp.float32))
-
-
-def _add_chunk(loss: Loss, chunk_size: int, shared: Shared, client: Cohort, carry: Carry, t: jax.Array) -> Carry:
+def _add_chunk(
+    gradient: Gradient, chunk_size: int, shared: Shared, client: Cohort, carry: Carry, t: jax.Array
+) -> Carry:
     key = jax.random.fold_in(jax.random.fold_in(shared.key, client.ids), t)
-    row, real = client_rows(client, t % _batches(client.size, chunk_size), chunk_size)
-    met = _sums(loss, carry.params, tree.take(shared.examples, row), real, key)
+
+    def chunk(ahead: int) -> Batch:
+        row, real = client_rows(client, (t + ahead) % num_batches(client.size, chunk_size), chunk_size)
+        return Batch(tree.take(shared.examples, row), real, _ahead(key, ahead))
+
+    met = gradient(shared, client, carry.params, chunk)
     return carry._replace(
         so_far=jax.tree.map(jnp.add, carry.so_far, met),
         loss=carry.loss + met.loss,
@@ -235,13 +192,13 @@ def _add_chunk(loss: Loss, chunk_size: int, shared: Shared, client: Cohort, carr
     )
 
 
-def _nothing(shared: Shared) -> Pass:
+def _nothing(shared: Shared) -> Sums:
     """An empty sum. In half precision a long one would stall: sums are kept in float32 or better."""
     wide = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), shared.params)
-    return Pass(wide, jnp.zeros(()), jnp.zeros(()))
+    return Sums(wide, jnp.zeros(()), jnp.zeros(()))
 
 
-def _mean(summed: Pass, params: Tree) -> Tree:
+def _mean(summed: Sums, params: Tree) -> Tree:
     """Mean gradient in the dtypes of `params`; 0 over no example, so that nothing is NaN even if unused."""
     share = 1.0 / jnp.maximum(summed.examples, 1.0)  # a division for each parameter would take as long as its update
     share = after(share, summed.gradient)  # by then all have read the params, which the update may overwrite
@@ -252,7 +209,14 @@ def _start(optimizer: optax.GradientTransformationExtraArgs, shared: Shared) -> 
     return Carry(shared.params, optimizer.init(shared.params), (), (), jnp.zeros(()), jnp.zeros(()))
 
 
-def _descend(optimizer: optax.GradientTransformationExtraArgs, shared: Shared, carry: Carry, met: Pass) -> Carry:
+def _descend(
+    optimizer: optax.GradientTransformationExtraArgs,
+    shared: Shared,
+    client: Cohort,
+    carry: Carry,
+    met: Sums,
+    epoch: jax.Array,
+) -> Carry:
     """One step of the client optimizer along the mean of what was met."""
     updates, state = optimizer.update(
         _mean(met, carry.params),
@@ -260,7 +224,10 @@ def _descend(optimizer: optax.GradientTransformationExtraArgs, shared: Shared, c
         carry.params,
         anchor=shared.params,
         round=shared.round,
+        epoch=epoch,
         value=met.loss / jnp.maximum(met.examples, 1.0),
+        extra=shared.extra,
+        memory=client.state,
     )
     return carry._replace(params=optax.apply_updates(carry.params, updates), optimizer=state)
 

@@ -1,0 +1,6 @@
+"""Streams of a round's key, `fold_in(key, stream)`, besides the clients' own, which are their ids: far past any.
+
+NOBODY is the id of an empty slot where the number of clients is not known.
+"""
+
+SERVER, UPLINK, NOBODY, CLOCK, STOPWATCH, PUBLIC = (2**31 - i for i in range(1, 7))
