@@ -80,15 +80,13 @@ def sliding(window: Any, per_round: Any) -> View:
     In round t it holds rows `o + [0, min(size, window))`, `o = min(floor(per_round * t), size - window)`: it
     stays at the client's last rows when it has reached them.
 
-    It needs the population on the device: under `run.stream` rows are loaded by client, and this is an error.
-
     Args:
       window: rows at a time, one number for all clients or [N].
       per_round: rows that the window moves in a round, likewise; 0.1 is a row in ten rounds.
 
     Raises:
       ValueError: if `window` is not whole and at least 1, or `per_round` not finite and at least 0; when the
-        view meets a population of another N, or one without examples.
+        view meets a population of another N.
 
     >>> seen = sliding(4, 3)(Population(jnp.zeros(12), jnp.array([0, 9]), jnp.array([9, 3])), 1)
     >>> print(seen.start, seen.size)
@@ -101,11 +99,6 @@ def sliding(window: Any, per_round: Any) -> View:
         size = jnp.asarray(population.size)
         for name, value in (("window", window), ("per_round", per_round)):
             check_length("sliding", name, value, size.shape[0])
-        if not jax.tree.leaves(population.examples):
-            raise ValueError(
-                "sliding: the population has no examples on the device, where a window could move over them; use "
-                "run.iterate, or growing, which streams as well."
-            )
         seen = jnp.minimum(size, window)
         offset = jnp.minimum(size - seen, _come(per_round, size, t))
         return population._replace(start=population.start + offset, size=seen)

@@ -17,18 +17,20 @@ from jfed.core import Cohort, Tree
 def lay_out(cohort: Cohort, hands: np.ndarray, size: np.ndarray, capacity: int) -> tuple[Cohort, list[np.ndarray]]:
     """The cohort in the order of `hands` [n, slots], and for each device the clients whose rows its block holds.
 
-    A block holds a client once, however often it was drawn; clients lie in the order of their ids.
+    `start` comes in as rows within the client and leaves as rows of all blocks. A block holds a client once,
+    however often it was drawn; clients lie in the order of their ids.
     """
     count = cohort.ids.shape[0]
     filled = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1])]), cohort)
     filled.ids[count] = size.size
     cohort = jax.tree.map(lambda x: x[hands.reshape(-1)], filled)
+    within = cohort.start.reshape(hands.shape)  # a window over the client's rows may begin later
     start, owners = np.zeros(hands.shape, np.int32), []
     for d, ids in enumerate(cohort.ids.reshape(hands.shape)):
         real = ids < size.size
         held, place = np.unique(ids[real], return_inverse=True)
         first = np.cumsum(size[held], dtype=np.int64) - size[held]
-        start[d, real] = (d * capacity + first)[place]
+        start[d, real] = (d * capacity + first)[place] + within[d, real]
         owners.append(held[size[held] > 0])
     return cohort._replace(start=start.reshape(-1)), owners
 

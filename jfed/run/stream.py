@@ -64,7 +64,8 @@ def stream(
 
     Args:
       algorithm: the method.
-      sampler: `(population, key, t) -> Cohort`; it may look at sizes, and not at `examples` or `start`.
+      sampler: `(population, key, t) -> Cohort`; it may look at sizes, and not at `examples`; `start`
+        counts from a client's first row.
       source: from `jfed.data.on_host`, `memory_mapped` or `from_loader`.
       state: from `algorithm.init(params)`, or where an earlier run ended.
       key: the run's key.

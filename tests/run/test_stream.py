@@ -102,11 +102,11 @@ def test_no_round_but_the_first_is_traced(devices):
     state = method.init(PARAMS)
     if devices is not None:
         rows_apart = NamedSharding(devices, P("clients"))
-        state = state._replace(clients=jax.device_put(state.clients, rows_apart))
+        state = state._replace(uplink=jax.device_put(state.uplink, rows_apart))
     *_, last = stream(method, sampler, state=state, rounds=8, mesh=devices)
     assert len(traces) == 1
     if devices is not None:
-        assert last.state.clients.trace["w"].sharding == rows_apart
+        assert last.state.uplink.trace["w"].sharding == rows_apart
         assert last.state.params["w"].sharding == NamedSharding(devices, P())
     alone = federated(QUICK_WORK, uplink=optax.trace(0.5), num_clients=problem.CLIENTS, client_map=vectorised())
     problem.close(last.state, list(on_device(alone, sampler, rounds=8))[-1].state)
