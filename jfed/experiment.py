@@ -134,8 +134,10 @@ def over_cells(
       `(run, results)`: the experiment's own folder, and what each cell returned.
 
     Raises:
-      ValueError: if `resume` comes without `out`, or as in `report.open_run`.
+      ValueError: if a name of a cell cannot be a folder's, if `resume` comes without `out`, or as in `report.open_run`.
     """
+    if odd := [cell for cell in cells if Path(cell).name != cell or cell in (".", "..")]:
+        raise ValueError(f"over_cells(cells={odd}): each names a folder; leave out slashes.")
     whole, settings, new = _open(name, options, ("out", "resume"))
     results: dict[str, dict[str, Any]] = {}
     try:

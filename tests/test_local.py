@@ -204,3 +204,14 @@ def test_a_gradient_asked_for_more_steps_than_it_needs_is_the_same():
 def test_settings_that_are_no_counts_are_refused(make, message):
     with pytest.raises(ValueError, match=message + ".*at least 1"):
         make()
+
+
+def test_the_gradient_over_all_of_a_clients_examples_does_not_stall_in_half_precision():
+    n = 2000
+    population = Population({"x": jnp.ones((n, 1), jnp.bfloat16)}, jnp.zeros(1, jnp.int32), jnp.full(1, n, jnp.int32))
+    work = local.sgd(lambda w, batch, key: batch["x"][:, 0] * w, optax.sgd(0.1), batch_size=1)
+    cohort = make_cohort(population, jnp.arange(1), steps=work.steps)
+    client = tree.take(cohort._replace(examples=()), 0)
+    shared = Shared(jnp.ones((), jnp.bfloat16), population.examples, KEY, jnp.int32(0))
+    sums = jax.jit(work.whole)(shared, client, shared.params)
+    assert float(sums.gradient) == n and float(sums.examples) == n

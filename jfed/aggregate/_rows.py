@@ -58,11 +58,6 @@ def narrow(tree: Tree, like: Tree) -> Tree:
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
-def spread(values: jax.Array, x: jax.Array) -> jax.Array:
-    """Values [C] with as many axes as `x` [C, ...], to be multiplied with it."""
-    return values.reshape(-1, *(1,) * (x.ndim - 1))
-
-
 def combine(stack: Tree, factors: jax.Array) -> Tree:
     """Sums of the rows times `factors` [C], wide."""
 

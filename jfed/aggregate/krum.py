@@ -19,7 +19,7 @@ _FAR = 1e13  # no honest number is larger; squares of differences stay finite
 
 
 def krum(byzantine: int) -> optax.GradientTransformationExtraArgs:
-    """The one message with the least score (Blanchard et al. 2017, arXiv:1703.02757, section 4).
+    """The one message with the least score (Blanchard et al. 2017, arXiv:1703.02757).
 
     Guarantees:
       * The aggregate is the message of a client, to the bit.
@@ -43,7 +43,7 @@ def krum(byzantine: int) -> optax.GradientTransformationExtraArgs:
 
 
 def multi_krum(byzantine: int, keep: int) -> optax.GradientTransformationExtraArgs:
-    """The unweighted mean of the `keep` messages with the least scores (Blanchard et al. 2017, section 5).
+    """The unweighted mean of the `keep` messages with the least scores (Blanchard et al. 2017, arXiv:1703.02757).
 
     Guarantees:
       * `keep=1` is Krum; `byzantine=0` and `keep` at least m is the unweighted mean.
@@ -80,10 +80,10 @@ def _nearest(byzantine: int, keep: int) -> optax.GradientTransformationExtraArgs
 def _scores(stack: Tree, present: jax.Array, ids: jax.Array, byzantine: int) -> jax.Array:
     """The score of each client, [C].
 
-    Distances by a Gram matrix of rows centred on c lose the digits of all that is nearer to each other than
-    1e-3 of the way to c, and an outlier would drown the rest if c were the mean. So c is a client, and
-    once a better one is found the next c, until none is. Each c but the first and the last is a liar's:
-    it draws nearer in steps, one for each liar that lets itself be found out.
+    Squared distances come from a Gram matrix of rows centred on a point c. What lies nearer to each other than
+    about 1e-3 of the way to c is lost in rounding, so c must not be a mean, which an outlier carries away. It is
+    a client: anyone first, then the best by the scores found so far, until that is c itself. Scores at an honest
+    c are right; a malicious c is left for a better one, and each client serves once, so f + 2 looks will do.
     """
     rows = [jnp.clip(x.reshape(x.shape[0], -1), -_FAR, _FAR) for x in jax.tree.leaves(wide(stack))]
     others = present[:, None] & present[None] & ~jnp.eye(present.shape[0], dtype=bool)

@@ -1,14 +1,16 @@
 """Methods: one file each."""
 
+from jfed.algorithms._kinds import Kind
 from jfed.algorithms.adaptive import fedadagrad, fedadam, fedyogi
 from jfed.algorithms.afl import afl
 from jfed.algorithms.apfl import apfl
 from jfed.algorithms.asynchronous import fedasync, fedbuff
 from jfed.algorithms.baselines import centralised, local_only, pooled
-from jfed.algorithms.distillation import Kind, feddf, fedmd
 from jfed.algorithms.ditto import ditto
+from jfed.algorithms.feddf import feddf
 from jfed.algorithms.feddyn import feddyn
 from jfed.algorithms.federated import FederatedState, fedavg, fedavgm, federated, fedsgd
+from jfed.algorithms.fedmd import fedmd
 from jfed.algorithms.fednova import fednova
 from jfed.algorithms.fedprox import fedprox
 from jfed.algorithms.ifca import ifca

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jfed.core import ClientWork, Cohort, Shared, Tree
+from jfed.core import Algorithm, ClientWork, Cohort, Shared, Tree
 
 
 def same(x):
@@ -69,6 +69,15 @@ def corrected(where: str, work: ClientWork, term: Callable[[Shared, Cohort, Tree
     return remade(where, work, gradient=change)
 
 
+def equally_weighted(algorithm: Algorithm) -> Algorithm:
+    """The same method, to which every client that is present weighs 1; a weight that is none stays and is dropped."""
+
+    def round_fn(state: Tree, cohort: Cohort, key: jax.Array) -> tuple[Tree, dict]:
+        return algorithm.round(state, cohort._replace(weight=jnp.where(cohort.weight > 0, 1.0, cohort.weight)), key)
+
+    return algorithm._replace(round=round_fn)
+
+
 def measured(where: str, work: ClientWork) -> ClientWork:
     """The same work, which keeps `(pseudo-gradient, length)`.
 
@@ -85,20 +94,21 @@ def measured(where: str, work: ClientWork) -> ClientWork:
 
         return gradient_fn
 
-    inner = remade(where, work, gradient=change)
+    # Apart, so that a link that looks at all of a tree, as clipping by its norm does, does not see the number.
+    both = remade(where, work, gradient=change, optimizer=lambda o: side_by_side(model=o, length=o))
 
     def beside(shared: Shared) -> Shared:
         return shared._replace(params={"model": shared.params, "length": jnp.zeros(())})
 
     def finish_fn(shared, client, carry):
-        kept, added = inner.finish(beside(shared), client, carry)
+        kept, added = both.finish(beside(shared), client, carry)
         return (kept["model"], kept["length"]), added
 
-    return inner._replace(
-        start=lambda shared, client: inner.start(beside(shared), client),
-        step=lambda shared, client, carry, t: inner.step(beside(shared), client, carry, t),
+    return ClientWork(
+        work.steps,
+        start=lambda shared, client: both.start(beside(shared), client),
+        step=lambda shared, client, carry, t: both.step(beside(shared), client, carry, t),
         finish=finish_fn,
-        remake=None,
     )
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate
-from jfed.algorithms._work import scaled, whole_of
+from jfed.algorithms._work import equally_weighted, scaled, whole_of
 from jfed.algorithms.federated import FederatedState, federated
 from jfed.core import Algorithm, ClientWork, Cohort
 
@@ -23,7 +23,7 @@ def afl(work: ClientWork, *, learning_rate: float, num_clients: int, **options) 
     The paper's step is one gradient, `local.gradient` with `server=optax.sgd(gamma_w)`; with local training
     in its place the mixture weights the clients' changes. Every present client counts alike in the
     ascent, whatever its weight in the cohort; the mixture starts uniform. With a part of the clients a
-    round the mixture is normalised over those.
+    round the mixture is normalised over those; its projection moves the shares of the absent as well.
 
     Args:
       work: `local.gradient(...)` or `local.sgd(...)`.
@@ -34,6 +34,7 @@ def afl(work: ClientWork, *, learning_rate: float, num_clients: int, **options) 
     Raises:
       ValueError: if `learning_rate` is not above 0, or the work does not say what its loss is.
     """
+    _validate.at_least_one("afl", "num_clients", num_clients, "it is the number of clients in the population")
     _validate.positive("afl", "learning_rate", learning_rate, "0.1 is a good start")
     whole = whole_of("afl", work)
     server = optax.with_extra_args_support(options.pop("server", None) or optax.sgd(1.0))
@@ -48,18 +49,19 @@ def afl(work: ClientWork, *, learning_rate: float, num_clients: int, **options) 
         share = jnp.where(mean["share"] > 0, mean["share"], 1.0)
         return server.update(scaled(1.0 / share, mean["delta"]), state, params, **extra_args)
 
-    inner = federated(
-        work._replace(finish=finish_fn),
-        server=optax.GradientTransformationExtraArgs(server.init, update_fn),
-        num_clients=num_clients,
-        memory=lambda params: jnp.full((), 1.0 / num_clients),
-        message=lambda params: {"delta": params, "share": jnp.zeros(())},
-        **options,
+    inner = equally_weighted(
+        federated(
+            work._replace(finish=finish_fn),
+            server=optax.GradientTransformationExtraArgs(server.init, update_fn),
+            num_clients=num_clients,
+            memory=lambda params: jnp.full((), 1.0 / num_clients),
+            message=lambda params: {"delta": params, "share": jnp.zeros(())},
+            **options,
+        )
     )
 
     def round_fn(state: FederatedState, cohort: Cohort, key: jax.Array) -> tuple[FederatedState, dict]:
-        present = cohort._replace(weight=(cohort.weight > 0).astype(jnp.float32))
-        state, metrics = inner.round(state, present, key)
+        state, metrics = inner.round(state, cohort, key)
         return state._replace(memory=project(state.memory)), metrics
 
     return inner._replace(round=round_fn)

@@ -33,6 +33,11 @@ def apfl(work: ClientWork, *, alpha: float, num_clients: int, alpha_learning_rat
     _validate.within("apfl", "alpha", alpha, 0.0, 1.0, "0.5 is a good start")
     _validate.at_least_zero("apfl", "alpha_learning_rate", alpha_learning_rate, "0 leaves alpha as it is")
 
+    def update_alpha(slope, state, alpha=None):
+        return clipped(alpha - alpha_learning_rate * slope) - alpha, state
+
+    within_bounds = optax.GradientTransformation(lambda alpha: optax.EmptyState(), update_alpha)
+
     def change_gradient(gradient):
         def gradient_fn(shared, client, params, batch):
             shared = shared._replace(params=shared.params["w"])
@@ -40,7 +45,7 @@ def apfl(work: ClientWork, *, alpha: float, num_clients: int, alpha_learning_rat
             at_mixture = gradient(shared, client, mix(params["alpha"], params["v"], params["w"]), batch).gradient
             slopes = jax.tree.map(lambda v, w, g: jnp.vdot(v - w, g), params["v"], params["w"], at_mixture)
             slope = sum(jax.tree.leaves(slopes)).astype(jnp.float32)
-            own = jax.tree.map(lambda g: (clipped(params["alpha"]) * g).astype(g.dtype), at_mixture)
+            own = jax.tree.map(lambda g: (params["alpha"] * g).astype(g.dtype), at_mixture)
             return met._replace(gradient={"w": met.gradient, "v": own, "alpha": slope})
 
         return gradient_fn
@@ -49,7 +54,7 @@ def apfl(work: ClientWork, *, alpha: float, num_clients: int, alpha_learning_rat
         "apfl",
         work,
         gradient=change_gradient,
-        optimizer=lambda optimizer: side_by_side(w=optimizer, v=optimizer, alpha=optax.sgd(alpha_learning_rate)),
+        optimizer=lambda optimizer: side_by_side(w=optimizer, v=optimizer, alpha=within_bounds),
     )
 
     def beside(shared, client):
@@ -57,7 +62,7 @@ def apfl(work: ClientWork, *, alpha: float, num_clients: int, alpha_learning_rat
 
     def finish_fn(shared, client, carry):
         kept, added = inner.finish(beside(shared, client), client, carry)
-        return (kept["w"], {"v": carry.params["v"], "alpha": clipped(carry.params["alpha"])}), added
+        return (kept["w"], {"v": carry.params["v"], "alpha": carry.params["alpha"]}), added
 
     whole_round = federated(
         inner._replace(
@@ -84,5 +89,4 @@ def clipped(alpha: jax.Array) -> jax.Array:
 
 def mix(alpha: jax.Array, v: Tree, w: Tree) -> Tree:
     """`alpha v + (1 - alpha) w`."""
-    alpha = clipped(alpha)
     return jax.tree.map(lambda v, w: (alpha * v + (1 - alpha) * w).astype(w.dtype), v, w)

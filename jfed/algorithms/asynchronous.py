@@ -26,7 +26,7 @@ from jfed.algorithms.federated import FederatedState, federated
 from jfed.core import Algorithm, ClientWork, Cohort, Tree
 
 Duration = Callable[[jax.Array, Cohort], jax.Array]
-"""`(key, cohort) -> [C] float32`, seconds between setting out and return; see `jfed.availability`."""
+"""`(key, cohort) -> [C] float32`, seconds between setting out and return; see `jfed.availability`. NaN counts as 0."""
 
 
 class Places(NamedTuple):
@@ -70,8 +70,8 @@ def fedbuff(
     With `concurrency = buffer` = the cohort's size and equal durations it is FedAvg. As long as a round's
     cohort cannot fill the places, its clients set out and nobody is awaited: so begins a run. Later, a
     cohort of 2 K fills every place as it falls free; clients for whom none does do not set out, and with
-    fewer clients places stay empty until the next round. A client may be sampled while it is out. A round in
-    which nobody reports does not happen, on the clock either.
+    fewer clients places stay empty until a later round fills all of them. A client may be sampled while it is
+    out. A round in which nobody reports does not happen, on the clock either.
 
     Metrics are those of `federated` over the clients that set out, and `"seconds"`, simulated, since the
     step before; `"staleness"`, the mean of the K.
@@ -172,15 +172,16 @@ def _asynchronous(where, work, concurrency, buffer, duration, server, staleness,
         count = cohort.ids.shape[0]
         clock = jax.random.fold_in(key, _streams.CLOCK)
         present = (cohort.weight != 0) | (cohort.steps > 0)
-        available = jnp.sum(present)
+        available = jnp.sum(present, dtype=jnp.int32)
         chance = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(clock, i)))(cohort.ids)
         queue = jnp.argsort(jnp.where(present, chance, 2.0)).astype(jnp.int32)  # in random order; empty slots last
-        away = jnp.maximum(duration(jax.random.fold_in(clock, 2**31 - 1), cohort), 0.0)
+        away = duration(jax.random.fold_in(clock, 2**31 - 1), cohort)
+        away = jnp.where(away > 0, away, 0.0)
 
         def fill(loop, free):
             """The next of the cohort take the free places, from when those fell free."""
             places, row, gone = loop
-            rank = gone + jnp.cumsum(free) - 1
+            rank = gone + jnp.cumsum(free, dtype=jnp.int32) - 1
             free &= rank < available
             client = queue[jnp.minimum(rank, count - 1)]
             places = Places(
@@ -189,7 +190,7 @@ def _asynchronous(where, work, concurrency, buffer, duration, server, staleness,
                 turn=jnp.where(free, state.turn + rank, places.turn),
                 left=jnp.where(free, state.steps, places.left),
             )
-            return places, jnp.where(free, client, row), gone + jnp.sum(free)
+            return places, jnp.where(free, client, row), gone + jnp.sum(free, dtype=jnp.int32)
 
         def next_return(loop, _):
             def soonest(places):
@@ -203,16 +204,21 @@ def _asynchronous(where, work, concurrency, buffer, duration, server, staleness,
             return (places._replace(taken=places.taken.at[place].set(False)), row, gone), (event, places.due[place])
 
         nobody = jnp.full(concurrency, -1, jnp.int32)  # [M], the row in the cohort of those who set out this round
-        ready = fill((state.places, nobody, jnp.zeros((), jnp.int32)), ~state.places.taken)
+        # A place that stayed empty for want of clients is taken now, not when it fell free.
+        places = state.places._replace(due=jnp.where(state.places.taken, state.places.due, 0.0))
+        ready = fill((places, nobody, jnp.zeros((), jnp.int32)), ~places.taken)
         awaited = jnp.all(ready[0].taken)
         loop, (returns, times) = jax.lax.scan(next_return, ready, length=buffer)
         places, row, gone = tree.select(awaited, loop, ready)
         elapsed = jnp.where(awaited, times[-1], 0.0)
 
         out = jnp.zeros(count, bool).at[queue].set(jnp.arange(count) < gone)
-        setting_out = cohort._replace(steps=jnp.where(out, cohort.steps, 0), weight=jnp.where(out, cohort.weight, 0.0))
+        steps, size = (jnp.where(out, x, 0) for x in (cohort.steps, cohort.size))
+        setting_out = cohort._replace(steps=steps, size=size, weight=jnp.where(out, cohort.weight, 0.0))
         here = jnp.where(places.taken & (row >= 0), row, count)
-        place = jnp.full(count, concurrency, jnp.int32).at[here].set(jnp.arange(concurrency), mode="drop")
+        place = (
+            jnp.full(count, concurrency, jnp.int32).at[here].set(jnp.arange(concurrency, dtype=jnp.int32), mode="drop")
+        )
         model = state.model._replace(aggregator=state.model.aggregator | {"returns": returns, "place": place})
         model, metrics = inner.round(model, setting_out, key)
         held = {name: model.aggregator[name] for name in ("messages", "weights")}

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jfed import tree
@@ -83,9 +84,14 @@ def centralised(work: ClientWork, **options) -> Algorithm:
 
 
 def pooled(population: Population) -> Population:
-    """The same rows as one client.
+    """The clients' rows as those of one client; rows that are nobody's are left out. Not for traced populations.
 
     >>> print(pooled(Population(jnp.arange(5.0), jnp.array([0, 2]), jnp.array([2, 3]))).size)
     [5]
     """
-    return Population(population.examples, jnp.zeros(1, jnp.int32), jnp.sum(population.size, keepdims=True))
+    start, size = np.asarray(population.start), np.asarray(population.size)
+    rows = np.concatenate([np.arange(first, first + count) for first, count in zip(start, size, strict=True)])
+    examples = population.examples
+    if any(not np.array_equal(rows, np.arange(leaf.shape[0])) for leaf in jax.tree.leaves(examples)):
+        examples = tree.take(examples, jnp.asarray(rows))
+    return Population(examples, jnp.zeros(1, jnp.int32), jnp.array([rows.size], jnp.int32))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import optax
 
-from jfed import tree
+from jfed import _validate, tree
 from jfed.algorithms._work import remade, same
 from jfed.algorithms.federated import federated
 from jfed.core import Algorithm, ClientWork, Tree
@@ -37,6 +37,7 @@ def ditto(work: ClientWork, *, strength: float, num_clients: int, **options) -> 
     Raises:
       ValueError: if `strength` is negative or not finite, or the work cannot be remade.
     """
+    _validate.at_least_zero("ditto", "strength", strength, "0 trains alone, 0.1 to 1 are usual")
     own = remade("ditto", work, optimizer=lambda optimizer: optax.chain(proximal(strength), optimizer))
 
     def start_fn(shared, client):

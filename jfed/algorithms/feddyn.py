@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate
-from jfed.algorithms._work import corrected
+from jfed.algorithms._work import corrected, equally_weighted
 from jfed.algorithms.federated import federated
 from jfed.core import Algorithm, ClientWork
 
@@ -21,7 +21,7 @@ from jfed.core import Algorithm, ClientWork
 def feddyn(work: ClientWork, *, alpha: float, num_clients: int, **options) -> Algorithm:
     """FedAvg with dynamic regularisation.
 
-    The paper weights clients alike: `sampling.equally_weighted`.
+    Clients weigh alike, whatever the cohort's weights, as in the paper: only so is h what all of them leave over.
 
     Args:
       work: `local.sgd(...)` or `local.full_batch(...)`.
@@ -49,10 +49,14 @@ def feddyn(work: ClientWork, *, alpha: float, num_clients: int, **options) -> Al
         h = jax.tree.map(lambda h, d: (h + alpha * reports / num_clients * d).astype(h.dtype), h, mean)
         return jax.tree.map(lambda d, h: (-d - h / alpha).astype(d.dtype), mean, h), h
 
-    return federated(
-        inner._replace(finish=finish_fn),
-        server=optax.GradientTransformationExtraArgs(lambda params: jax.tree.map(jnp.zeros_like, params), update_fn),
-        num_clients=num_clients,
-        memory=lambda params: jax.tree.map(jnp.zeros_like, params),
-        **options,
+    return equally_weighted(
+        federated(
+            inner._replace(finish=finish_fn),
+            server=optax.GradientTransformationExtraArgs(
+                lambda params: jax.tree.map(jnp.zeros_like, params), update_fn
+            ),
+            num_clients=num_clients,
+            memory=lambda params: jax.tree.map(jnp.zeros_like, params),
+            **options,
+        )
     )

@@ -100,6 +100,8 @@ def federated(
     uplink = optax.with_extra_args_support(optax.identity() if uplink is None else uplink)
     aggregator = None if aggregator is None else optax.with_extra_args_support(aggregator)
     client_map = lanes(16) if client_map is None else client_map
+    if num_clients is not None:
+        _validate.at_least_one("federated", "num_clients", num_clients, "it is the number of clients in the population")
     message = _same if message is None else message
     decode = (lambda message, shared: message) if decode is None else decode
 
@@ -218,8 +220,8 @@ def federated(
             "steps": jnp.sum(clients.steps),
             "downloads": jnp.sum(clients.size > 0, dtype=jnp.int32),
             "uploads": jnp.sum(clients.weight != 0, dtype=jnp.int32),
-            "download_bytes": _count(tree.nbytes((shared.params, shared.extra))),
-            "upload_bytes": _count(tree.nbytes(sent)),
+            "download_bytes": count_bytes(tree.nbytes((shared.params, shared.extra))),
+            "upload_bytes": count_bytes(tree.nbytes(sent)),
         }
 
     return Algorithm(init=init_fn, round=round_fn, params=lambda state: state.params)
@@ -229,7 +231,7 @@ def _same(tree: Tree) -> Tree:
     return tree
 
 
-def _count(nbytes: int) -> np.uint32 | np.float32:
+def count_bytes(nbytes: int) -> np.uint32 | np.float32:
     """A count that fits a metric: exact below 4 GiB."""
     return np.uint32(nbytes) if nbytes < 2**32 else np.float32(nbytes)
 

@@ -35,14 +35,17 @@ def fednova(work: ClientWork, *, server: optax.GradientTransformation | None = N
 
     def finish_fn(shared, client, carry):
         (change, length), added = inner.finish(shared, client, carry)
-        return {"direction": scaled(1.0 / jnp.where(length > 0, length, 1.0), change), "length": length}, added
+        direction = scaled(1.0 / jnp.where(length > 0, length, 1.0), change)
+        return {"direction": direction, "length": length, "moved": (length > 0).astype(jnp.float32)}, added
 
     def update_fn(mean, state, params=None, **extra_args):
-        return server.update(scaled(mean["length"], mean["direction"]), state, params, **extra_args)
+        # Both are means over the clients that took a step; the others have no direction.
+        share = 1.0 / jnp.where(mean["moved"] > 0, mean["moved"], 1.0)
+        return server.update(scaled(share**2 * mean["length"], mean["direction"]), state, params, **extra_args)
 
     return federated(
         inner._replace(finish=finish_fn),
         server=optax.GradientTransformationExtraArgs(server.init, update_fn),
-        message=lambda params: {"direction": params, "length": jnp.zeros(())},
+        message=lambda params: {"direction": params, "length": jnp.zeros(()), "moved": jnp.zeros(())},
         **options,
     )

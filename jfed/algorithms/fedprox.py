@@ -10,7 +10,7 @@ Letters of the paper: w_t global model, F_k loss of client k, mu.
 import optax
 
 from jfed.algorithms._work import remade
-from jfed.algorithms.federated import fedavg
+from jfed.algorithms.federated import federated
 from jfed.core import Algorithm, ClientWork
 from jfed.local import proximal
 
@@ -21,10 +21,10 @@ def fedprox(work: ClientWork, *, mu: float, **options) -> Algorithm:
     Args:
       work: `local.sgd(...)` or `local.full_batch(...)`.
       mu: strength of the pull to the global model; the paper tunes it in {0.001, 0.01, 0.1, 1}.
-      **options: those of `fedavg`.
+      **options: those of `fedavg`, and `server`.
 
     Raises:
       ValueError: if `mu` is negative or not finite, or the work cannot be remade.
     """
     pulled = remade("fedprox", work, optimizer=lambda optimizer: optax.chain(proximal(mu), optimizer))
-    return fedavg(pulled, **options)
+    return federated(pulled, **options)

@@ -20,7 +20,7 @@ def ifca(work: ClientWork, *, clusters: int, num_clients: int, **options) -> Alg
     """FedAvg with k models; `init` takes their params, leaves [k, ...], which must differ.
 
     `params` of its state is the model that most clients took when they last took part; `personal` is the
-    one a client took. Every client is sent all k models and sends one.
+    one a client took, before that the same as `params`. Every client is sent all k models and sends one.
 
     Args:
       work: usually `local.sgd(...)`.
@@ -45,7 +45,8 @@ def ifca(work: ClientWork, *, clusters: int, num_clients: int, **options) -> Alg
             return whole(shared, client, tree.take(shared.params, j)).loss
 
         losses = jax.lax.map(loss, jnp.arange(clusters))
-        cluster = jnp.argmin(losses).astype(jnp.int32)
+        # A model that has overflowed is nobody's choice.
+        cluster = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf)).astype(jnp.int32)
         return cluster, work.start(of(shared, cluster), client)
 
     def of(shared, cluster):
@@ -77,13 +78,18 @@ def ifca(work: ClientWork, *, clusters: int, num_clients: int, **options) -> Alg
         ClientWork(work.steps, start_fn, step_fn, finish_fn),
         server=optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn),
         num_clients=num_clients,
-        memory=lambda params: jnp.zeros((), jnp.int32),
+        memory=lambda params: jnp.full((), -1, jnp.int32),
         message=lambda params: {"model": tree.take(params, 0), "cluster": jnp.zeros(clusters)},
         decode=decode,
         **options,
     )
 
-    def largest(state):
-        return tree.take(state.params, jnp.argmax(jnp.bincount(state.memory, length=clusters)))
+    def most_taken(state):
+        known = (state.memory[:, None] == jnp.arange(clusters)[None]).astype(jnp.int32)
+        return jnp.argmax(jnp.sum(known, 0))
 
-    return inner._replace(params=largest, personal=lambda state, i: tree.take(state.params, state.memory[i]))
+    def personal(state, i):
+        cluster = state.memory[i]
+        return tree.take(state.params, jnp.where(cluster >= 0, cluster, most_taken(state)))
+
+    return inner._replace(params=lambda state: tree.take(state.params, most_taken(state)), personal=personal)

@@ -15,7 +15,7 @@ import optax
 
 from jfed import tree
 from jfed.algorithms._work import optimizer_of, remade, scaled, whole_of
-from jfed.algorithms.federated import FederatedState, federated
+from jfed.algorithms.federated import FederatedState, count_bytes, federated
 from jfed.clients import lanes
 from jfed.core import Algorithm, ClientWork, Cohort, Shared
 from jfed.local.gradients import mean_of
@@ -59,7 +59,7 @@ def mime(work: ClientWork, **options) -> Algorithm:
     The cohort is visited twice a round, first for c. Arguments and errors are those of `mimelite`.
     """
     whole = whole_of("mime", work)
-    client_map = options.setdefault("client_map", lanes(16))
+    client_map = options["client_map"] = options.get("client_map") or lanes(16)
 
     def change(gradient):
         def gradient_fn(shared, client, y, batch):
@@ -100,8 +100,8 @@ def mime(work: ClientWork, **options) -> Algorithm:
 
     def round_fn(state: FederatedState, cohort: Cohort, key: jax.Array) -> tuple[FederatedState, dict]:
         after, metrics = whole_round.round(state, cohort, key)
-        gradient_bytes = tree.nbytes(state.params)  # sent before c is known
-        return after, metrics | {"upload_bytes": metrics["upload_bytes"] + gradient_bytes}
+        sent = int(metrics["upload_bytes"]) + tree.nbytes(state.params)  # the gradient, before c is known
+        return after, metrics | {"upload_bytes": count_bytes(sent)}
 
     return whole_round._replace(round=round_fn)
 

@@ -83,7 +83,10 @@ def partially_local(
         shared, own = split(jax.tree.map(jnp.asarray, params))
         if not jax.tree.leaves(shared) or not jax.tree.leaves(own):
             names = [_name(path) for path, _ in jax.tree.leaves_with_path(params)]
-            raise ValueError(f"{where}(is_local): it holds for {'all' if jax.tree.leaves(own) else 'none'} of {names}.")
+            raise ValueError(
+                f"{where}(is_local): it holds for {'all' if jax.tree.leaves(own) else 'none'} of {names}; name some of "
+                "them and leave others."
+            )
         everyone = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)), own)
         return inner.init(shared)._replace(memory=everyone)
 

@@ -7,7 +7,8 @@ functions differ in what they do about the Hessian. The model is to be judged af
 
 Each local step takes three batches of the epoch's order, its own and the two that follow: D for the
 inner gradient, D' for the outer one, D'' for the Hessian. A client of a single batch has all three
-alike, and descends its meta-loss exactly.
+alike, and descends its meta-loss exactly. With `local.full_batch` a batch is a chunk: choose one that holds a
+client whole.
 
 Letters of the paper: f_i loss of client i, alpha the rate of the inner step, D, D', D'', delta.
 """
@@ -15,27 +16,33 @@ Letters of the paper: f_i loss of client i, alpha the rate of the inner step, D,
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from jfed import _validate
 from jfed.algorithms._work import remade, scaled
-from jfed.algorithms.federated import fedavg
+from jfed.algorithms.federated import federated
 from jfed.core import Algorithm, ClientWork, Tree
 from jfed.local.gradients import mean_of
 
 
 def perfedavg(work: ClientWork, *, alpha: float, **options) -> Algorithm:
-    """With the Hessian itself, by a forward derivative of the gradient: twice the cost of `perfedavg_fo`.
+    """With the Hessian itself, by the derivative of the gradient along a direction.
 
     Args:
       work: `local.sgd(...)`; its optimizer, with the rate that the paper calls beta, descends the meta-loss.
       alpha: rate of the inner step.
-      **options: those of `fedavg`.
+      **options: those of `fedavg`, and `server`.
 
     Raises:
       ValueError: if `alpha` is not above 0, or the work cannot be remade.
     """
     _check("perfedavg", alpha)
-    return _meta("perfedavg", work, alpha, lambda at, w, v: jax.jvp(at, (w,), (v,))[1], options)
+
+    def product(at: Callable, w: Tree, v: Tree) -> Tree:
+        # In reverse: the kit's convolutions have no forward derivative.
+        return jax.grad(lambda w: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, at(w), v))))(w)
+
+    return _meta("perfedavg", work, alpha, product, options)
 
 
 def perfedavg_fo(work: ClientWork, *, alpha: float, **options) -> Algorithm:
@@ -50,8 +57,8 @@ def perfedavg_hf(work: ClientWork, *, alpha: float, delta: float = 1e-3, **optio
     Args:
       work: as in `perfedavg`.
       alpha: rate of the inner step.
-      delta: distance between the two, as a share of the product's argument; equation (8) of the paper.
-      **options: those of `fedavg`.
+      delta: the two are taken delta times the direction on either side of the model.
+      **options: those of `fedavg`, and `server`.
 
     Raises:
       ValueError: if `alpha` or `delta` is not above 0, or the work cannot be remade.
@@ -87,4 +94,4 @@ def _meta(where: str, work: ClientWork, alpha: float, product: Callable | None, 
 
         return gradient_fn
 
-    return fedavg(remade(where, work, gradient=change), **options)
+    return federated(remade(where, work, gradient=change), **options)

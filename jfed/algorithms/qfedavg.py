@@ -49,7 +49,8 @@ def qfedavg(work: ClientWork, *, q: float, learning_rate: float, **options) -> A
 
     def update_fn(mean, state, params=None):
         del params
-        return scaled(-1.0 / mean["h"], mean["delta"]), state
+        # 0 only where all losses are, or their powers too small for a float: then nobody counts.
+        return scaled(-1.0 / jnp.where(mean["h"] > 0, mean["h"], 1.0), mean["delta"]), state
 
     return federated(
         work._replace(finish=finish_fn),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import tree
-from jfed.algorithms._work import corrected, measured
+from jfed.algorithms._work import corrected, equally_weighted, measured
 from jfed.algorithms.federated import federated
 from jfed.core import Algorithm, ClientWork
 
@@ -23,8 +23,9 @@ def scaffold(
     """FedAvg with control variates, `c_i <- c_i - c + (x - y_i) / (K eta_l)`.
 
     `K eta_l` is measured (`_work.measured`), so clients may stop early and rates may decay; with momentum
-    it is the length of the path, as in NIID-Bench. Clients send the change of c_i, not c_i. The paper
-    weights them alike: `sampling.equally_weighted`. What everybody is sent doubles, and what clients send.
+    it is the length of the path. Clients send the change of c_i, not c_i, and weigh alike, whatever the
+    cohort's weights, as in the paper: only so does c stay the mean of all c_i. A client drawn twice in a round would
+    count twice in c and once in its own. What everybody is sent doubles, and what clients send.
 
     Args:
       work: `local.sgd(...)` or `local.full_batch(...)` with an optimizer linear in each number's gradients.
@@ -59,12 +60,14 @@ def scaffold(
     def init_fn(params):
         return {"server": server.init(params), "c": jax.tree.map(jnp.zeros_like, params)}
 
-    return federated(
-        inner._replace(finish=finish_fn),
-        server=optax.GradientTransformationExtraArgs(init_fn, update_fn),
-        num_clients=num_clients,
-        memory=lambda params: jax.tree.map(jnp.zeros_like, params),
-        message=lambda params: {"model": params, "control": params},
-        broadcast=lambda state, shared, clients: state["c"],
-        **options,
+    return equally_weighted(
+        federated(
+            inner._replace(finish=finish_fn),
+            server=optax.GradientTransformationExtraArgs(init_fn, update_fn),
+            num_clients=num_clients,
+            memory=lambda params: jax.tree.map(jnp.zeros_like, params),
+            message=lambda params: {"model": params, "control": params},
+            broadcast=lambda state, shared, clients: state["c"],
+            **options,
+        )
     )

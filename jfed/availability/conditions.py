@@ -116,7 +116,8 @@ def periodic(period: int, share: Any, *, phase: Any = None) -> Condition:
 
     def condition(key: jax.Array, ids: jax.Array, t: jax.Array) -> jax.Array:
         _check_ids("periodic", "share", share, ids)
-        return _hour("periodic", period, phase, ids, t) < of_client(share, ids) * period
+        hours = of_client(share, ids) * period - 1e-4  # 0.6 of 25 hours are 15, though a float32 product is more
+        return _hour("periodic", period, phase, ids, t) < hours
 
     return condition
 

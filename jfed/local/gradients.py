@@ -74,8 +74,13 @@ def mean_of(sums: Sums) -> Tree:
     return jax.tree.map(lambda g: (g * share).astype(g.dtype), sums.gradient)
 
 
+def wide(x: jax.Array) -> jax.Array:
+    """In float32 or better: in half precision a long sum would stall."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def whole(gradient: Gradient, batch_size: int) -> Callable[[Shared, Cohort, Tree], Sums]:
-    """`(shared, client, params) -> Sums` over all of a client's examples, a batch at a time."""
+    """`(shared, client, params) -> Sums` over all of a client's examples, a batch at a time, in float32 or better."""
 
     def sums_fn(shared: Shared, client: Cohort, params: Tree) -> Sums:
         key = jax.random.fold_in(jax.random.fold_in(shared.key, client.ids), 2**31 - 1)  # past any local step
@@ -83,7 +88,8 @@ def whole(gradient: Gradient, batch_size: int) -> Callable[[Shared, Cohort, Tree
         def chunk(t: jax.Array) -> Sums:
             row, real = client_rows(client, t, batch_size)
             batch = Batch(tree.take(shared.examples, row), real, jax.random.fold_in(key, t))
-            return gradient(shared, client, params, lambda ahead: batch)
+            sums = gradient(shared, client, params, lambda ahead: batch)
+            return sums._replace(gradient=jax.tree.map(wide, sums.gradient))
 
         nothing = tree.zeros(jax.eval_shape(chunk, jnp.int32(0)))
         chunks = num_batches(client.size, batch_size)

@@ -128,10 +128,12 @@ def evaluate_adapted(
       `{name: [N]}`.
 
     Raises:
-      ValueError: if `train` and `test` differ in their number of clients, or `batch_size` is not a whole number
-        of at least 1.
+      ValueError: if `train` and `test` differ in their number of clients, `batch_size` is not a whole number of
+        at least 1, or `steps` not one of at least 0.
     """
     _validate.at_least_one("evaluate_adapted", "batch_size", batch_size, "a good start is 32")
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
+        raise ValueError(f"evaluate_adapted(steps={steps!r}): steps must be a whole number of at least 0; 1 is usual.")
     client_map = lanes(16) if client_map is None else client_map
     n = train.size.shape[0]
     if test.size.shape[0] != n:

@@ -90,7 +90,7 @@ def test_the_largest_trim_leaves_the_median():
 def test_the_network_sorts_all_zeros_and_ones_so_it_sorts_everything(n):
     for bits in itertools.product((0, 1), repeat=n):
         values = list(bits)
-        for low, high in network(n):
+        for low, high in itertools.chain(*network(n)):
             assert low < high
             values[low], values[high] = min(values[low], values[high]), max(values[low], values[high])
         assert values == sorted(bits)

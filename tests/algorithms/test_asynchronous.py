@@ -8,7 +8,7 @@ import problem
 import pytest
 from problem import PARAMS, POPULATION, cohort_of
 
-from jfed import local, run, sampling
+from jfed import _streams, local, run, sampling
 from jfed.algorithms import fedasync, fedavg, fedbuff
 
 KEY = jax.random.key(3)
@@ -54,10 +54,11 @@ def simulated(concurrency, buffer, cohorts, away):
                     turn += 1
                     free[:] = [f for f in free if f[1] != place]
 
-        leave({p: at for at, p in free}, [p for _, p in sorted(free, key=lambda f: f[1])])
+        free[:] = [(clock, place) for _, place in free]  # also those that stayed empty for want of clients
+        leave({p: at for at, p in free}, sorted(p for _, p in free))
         while len(returned) < buffer and out:
             soon = out[0][0]
-            early = sorted((p for at, p in free if at < soon))
+            early = sorted(p for at, p in free if at < soon)
             leave({p: at for at, p in free}, early)
             clock, _, place, i, left = heapq.heappop(out)
             returned.append((i, now - left))
@@ -75,7 +76,7 @@ def test_clients_return_in_the_order_of_a_plain_event_queue():
     orders, found, clock = [], [], 0.0
     for t, ids in enumerate(schedule):
         key = jax.random.fold_in(KEY, t)
-        order = [jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 2**31 - 3), int(i))) for i in ids]
+        order = [jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, _streams.CLOCK), int(i))) for i in ids]
         orders.append(ids[np.argsort(order)].tolist())  # the order in which the round's clients set out
         state, metrics = advance(state, cohort_of(ids.tolist(), WORK), key)
         clock += float(metrics["seconds"])
@@ -104,7 +105,9 @@ def test_the_model_follows_the_paper_with_the_models_the_clients_left_with(metho
     keys, orders, models, weights = [], [], [], []
     for t, ids in enumerate(schedule):
         keys.append(jax.random.fold_in(KEY, t))
-        order = [jax.random.uniform(jax.random.fold_in(jax.random.fold_in(keys[t], 2**31 - 3), int(i))) for i in ids]
+        order = [
+            jax.random.uniform(jax.random.fold_in(jax.random.fold_in(keys[t], _streams.CLOCK), int(i))) for i in ids
+        ]
         orders.append(ids[np.argsort(order)].tolist())
     away = [1.0 + 0.37 * ((7 * i + 3) % 12) for i in range(12)]
     x = {k: np.asarray(v, np.float64) for k, v in PARAMS.items()}
@@ -170,6 +173,23 @@ def test_a_round_in_which_nobody_reports_does_not_happen():
 def test_bad_input_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_only_those_that_set_out_are_sent_the_model():
+    algorithm = fedbuff(WORK, concurrency=2, buffer=2, duration=by_number)
+    _, metrics = algorithm.round(algorithm.init(PARAMS), cohort_of([3, 5, 7, 2, 0, 8], WORK), KEY)
+    assert int(metrics["downloads"]) == int(metrics["uploads"]) == int(metrics["reports"]) <= 3
+
+
+def test_the_clock_does_not_run_backwards_where_clients_were_wanting():
+    def away(key, cohort):
+        return jnp.array([1.0, 2.0, 10.0, 100.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0])[cohort.ids]
+
+    algorithm = fedbuff(WORK, concurrency=4, buffer=3, duration=away)
+    state, advance = algorithm.init(PARAMS), jax.jit(algorithm.round)
+    for t, ids in enumerate(([0, 1, 2, 3, 12, 12], [4, 5, 6, 7, 8, 9], [1, 0, 11, 10, 4, 5])):
+        state, metrics = advance(state, cohort_of(ids, WORK), jax.random.fold_in(KEY, t))
+        assert float(metrics["seconds"]) > 0
 
 
 def test_small_cohorts_first_fill_the_places_and_nobody_is_awaited():

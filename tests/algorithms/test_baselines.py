@@ -47,3 +47,10 @@ def test_pooling_keeps_every_row():
     one = pooled(POPULATION)
     assert one.size.tolist() == [int(POPULATION.size.sum())] and one.start.tolist() == [0]
     assert one.size.dtype == one.start.dtype == jnp.int32
+
+
+def test_pooling_leaves_out_rows_that_are_nobodys():
+    gaps = problem.POPULATION._replace(start=jnp.array([0, 9], jnp.int32), size=jnp.array([2, 3], jnp.int32))
+    one = pooled(gaps)
+    np.testing.assert_array_equal(one.examples["x"], POPULATION.examples["x"][jnp.array([0, 1, 9, 10, 11])])
+    assert one.size.tolist() == [5]

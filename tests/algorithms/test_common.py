@@ -12,6 +12,7 @@ from problem import PARAMS, POPULATION, cohort_of
 
 from jfed import local, mesh, run, sampling, tree
 from jfed.algorithms import (
+    Kind,
     afl,
     apfl,
     ditto,
@@ -21,8 +22,10 @@ from jfed.algorithms import (
     fedavg,
     fedavgm,
     fedbuff,
+    feddf,
     feddyn,
     federated,
+    fedmd,
     fednova,
     fedper,
     fedprox,
@@ -82,6 +85,17 @@ def two_models(work, **options):
     return algorithm._replace(init=lambda params: algorithm.init(both(params)))
 
 
+def one_kind(make, work, **options):
+    """A method for clients of several kinds of model, with a single kind."""
+    public = jnp.asarray(np.random.default_rng(5).normal(size=(8, problem.FEATURES)), jnp.float32)
+    teach = {
+        f"{'digest' if make is fedmd else 'distill'}{name}": v for name, v in (("", optax.sgd(0.1)), ("_batch", 4))
+    }
+    kinds = {"kind_of": [0] * 12, "public": public, "public_size": 8}
+    algorithm = make([Kind(problem.logits, work)], **kinds, **teach, **options)
+    return algorithm._replace(init=lambda params: algorithm.init((params,)))
+
+
 def bias(path):
     return path == "b"
 
@@ -120,6 +134,8 @@ METHODS = {
     "ifca": (WORK, two_models),
     "fedbuff": (WORK, functools.partial(fedbuff, concurrency=4, buffer=3, duration=seconds)),
     "fedasync": (WORK, functools.partial(fedasync, concurrency=4, mixing=0.6, duration=seconds)),
+    "fedmd": (WORK, functools.partial(one_kind, fedmd)),
+    "feddf": (WORK, functools.partial(one_kind, feddf)),
     "local_only": (WORK, functools.partial(local_only, num_clients=12)),
     "uplink with state": (WORK, functools.partial(federated, uplink=half_now_half_later(), num_clients=12)),
     "aggregator of the stack": (WORK, functools.partial(federated, aggregator=largest_weight())),

@@ -6,7 +6,7 @@ import problem
 import pytest
 from problem import PARAMS, POPULATION, cohort_of
 
-from jfed import local, run, sampling
+from jfed import _streams, local, run, sampling
 from jfed.algorithms import Kind, fedavg, feddf, fedmd, local_only
 
 KEY = jax.random.key(3)
@@ -58,7 +58,7 @@ def test_feddf_averages_each_kind_and_trains_both_to_agree_with_the_ensemble():
     state, metrics = rounds(algorithm, schedule=once)
     plain, _ = rounds(before, schedule=once)
     # The ensemble: scores of the four trained models on the public examples of the round, by weight.
-    rows = jax.random.choice(jax.random.fold_in(jax.random.fold_in(KEY, 0), 2**31 - 4), 16, (8,), replace=False)
+    rows = jax.random.choice(jax.random.fold_in(jax.random.fold_in(KEY, 0), _streams.PUBLIC), 16, (8,), replace=False)
     said, weight = 0.0, 0.0
     for i in once[0]:
         kind = KINDS[KIND_OF[i]]

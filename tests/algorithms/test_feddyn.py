@@ -16,8 +16,8 @@ KEY = jax.random.key(3)
 def test_as_alpha_vanishes_clients_train_as_in_fedavg_and_the_server_goes_further():
     # h / alpha is the clients' change over m: the first step is 1 + |P| / m times FedAvg's.
     work = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4, epochs=2)
-    cohort = cohort_of([3, 0, 5], work)
-    a, b = feddyn(work, alpha=1e-6, num_clients=12), fedavg(work, client_map=None)
+    cohort = cohort_of([3, 0, 5], work)._replace(weight=jnp.ones(3))
+    a, b = feddyn(work, alpha=1e-6, num_clients=12), fedavg(work)
     found = jax.jit(a.round)(a.init(PARAMS), cohort, KEY)[0].params
     plain = jax.jit(b.round)(b.init(PARAMS), cohort, KEY)[0].params
     problem.close(found, jax.tree.map(lambda w, new: w + (1 + 3 / 12) * (new - w), PARAMS, plain), tolerance=1e-4)

@@ -84,3 +84,13 @@ def test_the_mean_direction_is_followed_as_far_as_clients_went_on_average():
     algorithm = fednova(work)
     state, _ = jax.jit(algorithm.round)(algorithm.init(PARAMS), cohort, KEY)
     problem.close(state.params, {k: x[k] - tau_eff * eta * direction[k] for k in x})
+
+
+def test_a_client_that_took_no_step_has_no_say_in_the_direction():
+    work = local.sgd(problem.loss, optax.sgd(0.1), batch_size=4, epochs=2)
+    cohort = cohort_of([3, 0, 5], work)
+    idle = cohort._replace(steps=cohort.steps.at[1].set(0))
+    algorithm, advance = fednova(work), jax.jit(fednova(work).round)
+    found, _ = advance(algorithm.init(PARAMS), idle, KEY)
+    without, _ = advance(algorithm.init(PARAMS), idle._replace(weight=idle.weight.at[1].set(0.0)), KEY)
+    problem.close(found.params, without.params)

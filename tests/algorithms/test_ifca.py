@@ -39,6 +39,7 @@ def test_each_cluster_is_the_fedavg_of_those_that_took_it():
     taken = np.argmin(losses, 1)
     assert set(taken) == {0, 2}
     np.testing.assert_array_equal(state.memory[jnp.array(ids)], taken)
+    problem.close(algorithm.personal(state, 1), algorithm.params(state), tolerance=0)  # it has not taken part yet
     for j, start in ((0, PARAMS), (2, other)):
         plain = fedavg(WORK)
         members = [i for i, k in zip(ids, taken, strict=True) if k == j]
@@ -68,6 +69,14 @@ def test_it_finds_the_clusters_there_are():
     assert len(set(zip(kind.tolist(), np.asarray(state.memory).tolist(), strict=True))) == 2
     assert metrics["loss"][-1] < 0.3
     problem.close(algorithm.personal(state, 3)["w"], state.params["w"][int(state.memory[3])])
+
+
+def test_a_model_that_has_overflowed_is_nobodys_choice():
+    sick = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), PARAMS)
+    algorithm = ifca(WORK, clusters=2, num_clients=12)
+    state, metrics = algorithm.round(algorithm.init(stacked(sick, PARAMS)), cohort_of([3, 0, 5], WORK), KEY)
+    assert int(metrics["reports"]) == 3 and np.all(np.asarray(state.memory)[[3, 0, 5]] == 1)
+    assert np.isfinite(algorithm.params(state)["w"]).all()
 
 
 def test_no_cluster_is_refused():

@@ -84,10 +84,7 @@ def test_bytes_count_statistics_and_gradients():
 
 
 def test_a_client_whose_gradient_is_not_finite_spoils_nothing():
-    def half_bad(params, batch, key):
-        return problem.loss(params, batch, key)
-
-    work = local.sgd(half_bad, optax.sgd(0.2), batch_size=4)
+    work = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4)
     cohort = cohort_of(IDS, work)
     sick = cohort.examples | {"x": cohort.examples["x"].at[int(problem.POPULATION.start[5])].set(jnp.nan)}
     algorithm = mime(work)

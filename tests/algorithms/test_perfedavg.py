@@ -6,8 +6,10 @@ import problem
 import pytest
 from problem import PARAMS, cohort_of
 
-from jfed import local
+from jfed import local, models
 from jfed.algorithms import fedavg, perfedavg, perfedavg_fo, perfedavg_hf
+from jfed.clients import vectorised
+from jfed.core import Population, make_cohort
 
 KEY, ALPHA, BETA = jax.random.key(3), 0.3, 0.1
 ONE_BATCH = local.sgd(problem.loss, optax.sgd(BETA), batch_size=12)  # all of a client: D = D' = D''
@@ -76,6 +78,19 @@ def test_inner_and_outer_gradients_come_from_two_batches():
     jax.effects_barrier()
     first, second, third, fourth = seen[:4]
     assert not np.array_equal(first, second) and np.array_equal(second, third) and np.array_equal(first, fourth)
+
+
+def test_all_three_train_a_model_with_the_kits_convolution():
+    model = models.lenet_gn()
+    rng = np.random.default_rng(0)
+    examples = {"x": jnp.asarray(rng.random((6, 28, 28, 1)), jnp.float32), "y": jnp.arange(6, dtype=jnp.int32)}
+    population = Population(examples, jnp.zeros(1, jnp.int32), jnp.full(1, 6, jnp.int32))
+    work = local.sgd(models.cross_entropy(model), optax.sgd(BETA), batch_size=6)
+    cohort = make_cohort(population, jnp.arange(1), steps=work.steps)
+    params = jax.eval_shape(model.init, KEY)
+    for make in (perfedavg, perfedavg_hf, perfedavg_fo):
+        algorithm = make(work, alpha=ALPHA, client_map=vectorised(max_steps=1))
+        jax.eval_shape(algorithm.round, jax.eval_shape(algorithm.init, params), cohort, KEY)
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,9 @@ def test_a_strong_pull_holds_dittos_models_near_the_global_one():
     assert distance(4.0) < 0.6 * distance(0.5) < 0.6 * distance(0.0)
 
 
-def test_apfl_follows_algorithm_1_and_learns_alpha():
-    eta, rate, i = 0.1, 0.05, 3
+@pytest.mark.parametrize("rate", [0.05, 40.0], ids=["within bounds", "at the bounds"])
+def test_apfl_follows_algorithm_1_and_learns_alpha(rate):
+    eta, i = 0.1, 3
     work = local.full_batch(problem.loss, optax.sgd(eta), epochs=3, chunk_size=12)
     algorithm = apfl(work, alpha=0.4, alpha_learning_rate=rate, num_clients=12)
     state, advance = algorithm.init(PARAMS), jax.jit(algorithm.round)
@@ -155,7 +156,7 @@ def test_clients_that_stay_away_keep_their_models():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ditto(WORK, strength=-1.0, num_clients=3), r"proximal\(mu=-1.0\)"),
+        (lambda: ditto(WORK, strength=-1.0, num_clients=3), r"ditto\(strength=-1.0\)"),
         (lambda: apfl(WORK, alpha=1.5, num_clients=3), r"apfl\(alpha=1.5\)"),
         (lambda: apfl(WORK, alpha=0.5, alpha_learning_rate=-0.1, num_clients=3), r"apfl\(alpha_learning_rate=-0.1\)"),
         (lambda: pfedme(WORK, strength=0.0, personal_learning_rate=0.1, num_clients=3), r"pfedme\(strength=0.0\)"),

@@ -73,6 +73,11 @@ def test_a_larger_q_lowers_the_worst_loss():
     assert worst(5.0) < 0.95 * worst(1.0) < 0.95 * worst(0.0)
 
 
+def test_losses_of_nothing_move_nothing():
+    work = local.sgd(lambda params, batch, key: 0.0 * problem.loss(params, batch, key), optax.sgd(0.2), batch_size=4)
+    problem.close(one_round(qfedavg(work, q=5.0, learning_rate=0.2), cohort_of([3, 0], work)), PARAMS)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
