@@ -55,15 +55,22 @@ def rows(stack, index):
     return jax.tree.map(lambda x: x[np.asarray(index)], stack)
 
 
-def combined(name, stack, weights=WEIGHTS, ids=IDS, key=KEY, call=lambda f: f, state=None):
-    """The aggregate, of one call of the aggregator's update."""
-    agg = AGGREGATORS[name]()
-    state = agg.init(shape_of(stack)) if state is None else state
+@functools.cache
+def compiled(name):
+    """The aggregator, its compiled update, and the list of its traces."""
+    agg, traces = AGGREGATORS[name](), []
 
-    def update(stack, weights, ids, key):
-        return agg.update(stack, state, shape_of(stack), weights=weights, ids=ids, key=key, round=jnp.int32(0))[0]
+    def update(stack, state, weights, ids, key):
+        traces.append(name)
+        return agg.update(stack, state, shape_of(stack), weights=weights, ids=ids, key=key, round=jnp.int32(0))
 
-    return call(update)(stack, jnp.asarray(weights), jnp.asarray(ids), key)
+    return agg, jax.jit(update), traces
+
+
+def combined(name, stack, weights=WEIGHTS, ids=IDS, key=KEY):
+    """The aggregate of a first round."""
+    agg, update, _ = compiled(name)
+    return update(stack, agg.init(shape_of(stack)), jnp.asarray(weights), jnp.asarray(ids), key)[0]
 
 
 @functools.cache
@@ -100,39 +107,37 @@ def test_how_a_message_is_cut_into_leaves_does_not_matter(name):
 
 @aggregators
 def test_a_compiled_update_equals_an_eager_one(name):
-    close(combined(name, make_stack(), call=jax.jit), reference(name))
+    agg = AGGREGATORS[name]()
+    state = agg.init(shape_of(make_stack()))
+    close(
+        agg.update(make_stack(), state, weights=jnp.asarray(WEIGHTS), ids=jnp.asarray(IDS), key=KEY)[0], reference(name)
+    )
 
 
 @aggregators
 def test_updates_side_by_side_equal_those_alone(name):
+    agg, update, _ = compiled(name)
     stacks = [make_stack(seed) for seed in range(3)]
     many = jax.tree.map(lambda *x: jnp.stack(x), *stacks)
     weights = np.stack([WEIGHTS, np.ones(SLOTS, np.float32), WEIGHTS[::-1]])
     keys = jax.random.split(KEY, 3)
-    together = combined(name, many, weights, np.stack([IDS] * 3), keys, call=jax.vmap, state=state_of(name))
+    state = agg.init(shape_of(make_stack()))
+    together, _ = jax.vmap(update, (0, None, 0, None, 0))(many, state, jnp.asarray(weights), jnp.asarray(IDS), keys)
     for i in range(3):
         close(rows(together, i), combined(name, stacks[i], weights[i], key=keys[i]))
 
 
-def state_of(name):
-    return AGGREGATORS[name]().init(shape_of(make_stack()))
-
-
 @aggregators
 def test_one_program_serves_any_number_present(name):
-    agg, traces = AGGREGATORS[name](), []
-
-    @jax.jit
-    def update(stack, state, weights, ids, key):
-        traces.append(name)
-        return agg.update(stack, state, weights=weights, ids=ids, key=key)
-
-    state = state_of(name)
+    agg, update, traces = compiled(name)
+    state = agg.init(shape_of(make_stack()))
+    reference(name)
+    before = len(traces)
     for present in range(SLOTS + 1):
         weights = jnp.asarray(np.arange(SLOTS) < present, jnp.float32)
         aggregated, state = update(make_stack(), state, weights, jnp.asarray(IDS), KEY)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(aggregated))
-    assert len(traces) == 1
+    assert len(traces) == before
 
 
 @aggregators
@@ -149,9 +154,10 @@ def test_dtypes_come_back_and_half_precision_is_summed_in_single(name):
 
 @aggregators
 def test_nobody_present_is_a_zero_aggregate_and_the_state_stays(name):
-    agg = AGGREGATORS[name]()
-    _, state = agg.update(make_stack(), state_of(name), weights=jnp.ones(SLOTS), ids=jnp.asarray(IDS), key=KEY)
-    got, after = agg.update(make_stack(), state, weights=jnp.zeros(SLOTS), ids=jnp.asarray(IDS), key=KEY)
+    agg, update, _ = compiled(name)
+    ids = jnp.asarray(IDS)
+    _, state = update(make_stack(), agg.init(shape_of(make_stack())), jnp.ones(SLOTS), ids, KEY)
+    got, after = update(make_stack(), state, jnp.zeros(SLOTS), ids, KEY)
     assert all(not np.any(x) for x in jax.tree.leaves(got))
     close(after, state)
 
@@ -179,7 +185,7 @@ def test_one_client_alone_is_the_aggregate(name):
 @aggregators
 def test_an_aggregator_needs_neither_ids_nor_params(name):
     agg = AGGREGATORS[name]()
-    bare, _ = agg.update(make_stack(), state_of(name), weights=jnp.asarray(WEIGHTS), key=KEY)
+    bare, _ = agg.update(make_stack(), agg.init(shape_of(make_stack())), weights=jnp.asarray(WEIGHTS), key=KEY)
     close(bare, combined(name, make_stack(), ids=np.arange(SLOTS)))
 
 

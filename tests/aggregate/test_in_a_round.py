@@ -8,10 +8,10 @@ import problem
 import pytest
 from problem import PARAMS, POPULATION, cohort_of
 
-from jfed import local, run, sampling, tree
-from jfed.aggregate import attacked, bucketing, centred_clipping, mean, median, sign_flip
+from jfed import local, mesh, run, sampling, tree
+from jfed.aggregate import attacked, bucketing, centred_clipping, geometric_median, krum, mean, median, sign_flip
 from jfed.algorithms import fedavg, federated
-from jfed.clients import vectorised
+from jfed.clients import sharded, vectorised
 
 WORK = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4, epochs=2)
 IDS = [3, 0, 12, 5, 1, 12, 7, 11, 2]  # 12 is an empty slot
@@ -19,7 +19,7 @@ KEY = jax.random.key(7)
 
 
 def one_round(algorithm, ids=IDS):
-    return algorithm.round(algorithm.init(PARAMS), cohort_of(ids, WORK), KEY)
+    return jax.jit(algorithm.round)(algorithm.init(PARAMS), cohort_of(ids, WORK), KEY)
 
 
 def alone(ids):
@@ -50,6 +50,13 @@ def test_an_attacked_round_is_the_round_with_the_attackers_signs_flipped():
     signed = jnp.asarray(np.where(np.asarray(here) < 2, -weights, weights) / weights.sum())
     flipped = jax.tree.map(lambda x: jnp.tensordot(signed, x, 1), alone(here))
     problem.close(state.params, jax.tree.map(jnp.subtract, PARAMS, flipped))
+
+
+@pytest.mark.parametrize("aggregator", [median(), krum(2), geometric_median()], ids=["median", "krum", "geometric"])
+def test_messages_from_several_devices_are_aggregated_alike(aggregator):
+    spread = federated(WORK, aggregator=aggregator, client_map=sharded(mesh.make((2,)), vectorised()))
+    state, _ = jax.jit(spread.round)(spread.init(PARAMS), cohort_of(IDS, WORK), KEY)
+    problem.close(state.params, one_round(federated(WORK, aggregator=aggregator))[0].params)
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def test_the_network_sorts_all_zeros_and_ones_so_it_sorts_everything(n):
 
 
 @COUNTS
-@pytest.mark.parametrize("f", [0, 1, 7])
+@pytest.mark.parametrize("f", [0, 7])
 def test_krum_is_the_message_with_the_least_score(clients, f):
     x = messages(clients)
     np.testing.assert_array_equal(
@@ -106,7 +106,7 @@ def test_krum_is_the_message_with_the_least_score(clients, f):
 
 
 @COUNTS
-@pytest.mark.parametrize(("f", "keep"), [(0, 1), (1, 4), (3, 2), (2, 100)])
+@pytest.mark.parametrize(("f", "keep"), [(1, 4), (3, 2), (2, 100)])
 def test_multi_krum_is_the_mean_of_the_least_scores(clients, f, keep):
     x = messages(clients)
     best = np.argsort(numpy_krum_scores(x, f), kind="stable")[:keep]
