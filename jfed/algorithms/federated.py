@@ -114,7 +114,10 @@ def federated(
                 "federated(num_clients=None): something is remembered of every client, by the method or the uplink; "
                 "pass num_clients, the number of clients in the population."
             )
-        everyone = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *jnp.shape(x))), one)
+        # Strongly typed, as a round leaves it: its second call needs no program of its own.
+        everyone = jax.tree.map(
+            lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.result_type(x)), (num_clients, *jnp.shape(x))), one
+        )
         return FederatedState(
             params=params,
             server=server.init(params),

@@ -18,6 +18,7 @@ from jfed.core import Tree
 def scale_by_round(factor: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformationExtraArgs:
     """Multiplies a client's steps by `factor(round)`: a learning rate that decays over rounds.
 
+    >>> import jax.numpy as jnp
     >>> halve = optax.chain(optax.sgd(1.0), scale_by_round(lambda r: 0.5**r))
     >>> print(halve.update(jnp.array(8.0), halve.init(jnp.array(0.0)), round=2)[0])
     -2.0
@@ -38,6 +39,7 @@ def proximal(mu: float) -> optax.GradientTransformationExtraArgs:
     Raises:
       ValueError: if `mu` is negative or not finite.
 
+    >>> import jax.numpy as jnp
     >>> pull = proximal(0.5)
     >>> print(pull.update(jnp.array(1.0), pull.init(jnp.array(0.0)), jnp.array(3.0), anchor=jnp.array(1.0))[0])
     2.0
