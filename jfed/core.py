@@ -43,6 +43,10 @@ class Cohort(NamedTuple):
     state: Tree = ()  # leaves [C, ...], what a method remembers of each client
 
 
+Sampler = Callable[[Population, jax.Array, jax.Array], Cohort]
+"""`(population, key, t) -> Cohort`: who takes part in round t; see `jfed.sampling`."""
+
+
 class Shared(NamedTuple):
     """What all clients of a round see alike."""
 

@@ -17,10 +17,9 @@ import jax
 import numpy as np
 
 from jfed import _machine, _validate, checkpoint, clients, mesh, report
-from jfed.core import Algorithm, ClientMap, Population, Tree
+from jfed.core import Algorithm, ClientMap, Population, Sampler, Tree
 from jfed.data import Source
 from jfed.run import iterate, stream
-from jfed.sampling import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,8 +274,7 @@ def _mean(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     for name in summaries[0]:
         values = [s[name] for s in summaries]
         if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-            mean[name] = float(np.mean(values))
-            mean[f"{name}_std"] = float(np.std(values, ddof=1))
+            mean |= report.spread(name, values)
         else:  # a word, or a number that some seed did not reach
             mean[name] = values[0] if all(v == values[0] for v in values) else None
     return mean

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,11 @@ __all__ = [
     "mean_and_std",
     "open_run",
     "progress",
+    "reached",
     "rewind",
     "rounds_to",
     "rows",
+    "spread",
     "table",
     "worst_tenth",
 ]
@@ -161,13 +163,30 @@ def rounds_to(rows: list[dict[str, Any]], name: str, target: float) -> float | N
     >>> rounds_to([{"round": 1, "a": 0.5}, {"round": 2, "a": 0.3}, {"round": 3, "a": 0.9}], "a", 0.7)
     2.5
     """
-    round_before, best = 0, -math.inf
-    for row in rows:
-        value = -math.inf if row[name] is None else row[name]
+    values = [math.nan if row[name] is None else row[name] for row in rows]
+    return reached([row["round"] for row in rows], values, target)
+
+
+def reached(at: Sequence[float], values: Sequence[float], target: float) -> float | None:
+    """Where the best of `values` so far reaches `target`, between two points by linear interpolation.
+
+    Args:
+      at: rounds, seconds or bytes, rising, one for each value.
+      values: more is better; NaN is no better.
+      target: the value to reach.
+
+    Returns:
+      The place, or None if it is never reached.
+
+    >>> reached([10.0, 20.0, 30.0], [0.5, 0.3, 0.9], 0.7)
+    25.0
+    """
+    before, best = 0.0, -math.inf
+    for place, value in zip(at, values, strict=True):
         if value >= target:
             share = 1.0 if best == -math.inf else (target - best) / (value - best)
-            return round_before + share * (row["round"] - round_before)
-        round_before, best = row["round"], max(best, value)
+            return float(before + share * (place - before))
+        before, best = place, max(best, value) if value == value else best
     return None
 
 
@@ -195,6 +214,17 @@ def mean_and_std(values: Any, digits: int = 1) -> str:
         return "-"
     spread = f" ± {values.std(ddof=1):.{digits}f}" if values.size > 1 else ""
     return f"{values.mean():.{digits}f}{spread}"
+
+
+def spread(name: str, values: Any) -> dict[str, float]:
+    """Mean and, of several values, sample standard deviation, as entries of a summary.
+
+    >>> spread("accuracy", [0.5, 0.25, 0.75])
+    {'accuracy': 0.5, 'accuracy_std': 0.25}
+    """
+    values = np.asarray(values, float).ravel()
+    std = {f"{name}_std": float(values.std(ddof=1))} if values.size > 1 else {}
+    return {name: float(values.mean())} | std
 
 
 def fairness(values: Any) -> dict[str, float]:

@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jfed import _validate
-from jfed.core import Cohort, Population, make_cohort
+from jfed.core import Cohort, Population, Sampler, make_cohort
 
 _MANY = 2**11  # clients; below, a permutation of all is as quick
 
-Sampler = Callable[[Population, jax.Array, jax.Array], Cohort]
 Steps = Callable[[jax.Array], jax.Array]
 
 

@@ -16,6 +16,17 @@ SCRIPTS = {
     "fedavg_shakespeare": [],
     "imbalance": [],
 }
+# These compare methods, a cell of a table at a time, and have no single curve.
+COMPARISONS = [
+    "adaptive_servers",
+    "async_vs_sync",
+    "fairness_qfedavg",
+    "fedprox_stragglers",
+    "niid_bench",
+    "personalisation",
+    "robust_aggregation",
+    "scaffold_similarity",
+]
 
 
 def run_script(name, *arguments):
@@ -28,7 +39,7 @@ def run_script(name, *arguments):
 
 
 def test_every_script_is_listed_here():
-    assert {path.stem for path in (HOUSE / "experiments").glob("*.py")} == set(SCRIPTS)
+    assert {path.stem for path in (HOUSE / "experiments").glob("*.py")} == {*SCRIPTS, *COMPARISONS}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -49,6 +60,27 @@ def test_a_smoke_run_ends_with_its_summary_and_can_be_resumed(name, tmp_path):
     resumed = run_script(name, "--smoke", "--seeds", "2", "--out", str(out), "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_comparison_ends_with_its_summary_and_resumes_with_the_next_cell(name, tmp_path):
+    out = tmp_path / "run"
+    first = run_script(name, "--smoke", "--seeds", "2", "--out", str(out))
+    assert first.returncode == 0, first.stderr
+    assert json.loads(first.stdout.splitlines()[-1]) == json.loads((out / "summary.json").read_text())
+    assert list(out.glob("*.png"))
+
+    again = run_script(name, "--smoke", "--seeds", "2", "--out", str(out))
+    assert again.returncode != 0 and "continue it with --resume or choose another --out" in again.stderr
+    assert len(again.stderr.strip().splitlines()) == 1
+
+    cells = sorted(out.glob("*/summary.json"))
+    cells[-1].unlink()  # as if killed before the last was done
+    held = [path.stat().st_mtime_ns for path in cells[:-1]]
+    resumed = run_script(name, "--smoke", "--seeds", "2", "--out", str(out), "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+    assert [path.stat().st_mtime_ns for path in cells[:-1]] == held
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from jfed.algorithms._kinds import Kind
 from jfed.algorithms.adaptive import fedadagrad, fedadam, fedyogi
 from jfed.algorithms.afl import afl
 from jfed.algorithms.apfl import apfl
-from jfed.algorithms.asynchronous import fedasync, fedbuff
 from jfed.algorithms.baselines import centralised, local_only, pooled
 from jfed.algorithms.ditto import ditto
+from jfed.algorithms.fedasync import fedasync
+from jfed.algorithms.fedbuff import fedbuff
 from jfed.algorithms.feddf import feddf
 from jfed.algorithms.feddyn import feddyn
 from jfed.algorithms.federated import FederatedState, fedavg, fedavgm, federated, fedsgd

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate
-from jfed.algorithms._work import equally_weighted, scaled, whole_of
-from jfed.algorithms.federated import FederatedState, federated
+from jfed.algorithms._work import equally_weighted, scaled, specialised, whole_of
+from jfed.algorithms.federated import FederatedState
 from jfed.core import Algorithm, ClientWork, Cohort
 
 
@@ -50,13 +50,14 @@ def afl(work: ClientWork, *, learning_rate: float, num_clients: int, **options) 
         return server.update(scaled(1.0 / share, mean["delta"]), state, params, **extra_args)
 
     inner = equally_weighted(
-        federated(
+        specialised(
+            "afl",
             work._replace(finish=finish_fn),
+            options,
             server=optax.GradientTransformationExtraArgs(server.init, update_fn),
             num_clients=num_clients,
             memory=lambda params: jnp.full((), 1.0 / num_clients),
             message=lambda params: {"delta": params, "share": jnp.zeros(())},
-            **options,
         )
     )
 

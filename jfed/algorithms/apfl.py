@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate, tree
-from jfed.algorithms._work import remade, side_by_side
-from jfed.algorithms.federated import federated
+from jfed.algorithms._work import remade, side_by_side, specialised
 from jfed.core import Algorithm, ClientWork, Tree
 
 
@@ -64,15 +63,16 @@ def apfl(work: ClientWork, *, alpha: float, num_clients: int, alpha_learning_rat
         kept, added = inner.finish(beside(shared, client), client, carry)
         return (kept["w"], {"v": carry.params["v"], "alpha": carry.params["alpha"]}), added
 
-    whole_round = federated(
+    whole_round = specialised(
+        "apfl",
         inner._replace(
             start=lambda shared, client: inner.start(beside(shared, client), client),
             step=lambda shared, client, carry, t: inner.step(beside(shared, client), client, carry, t),
             finish=finish_fn,
         ),
+        options,
         num_clients=num_clients,
         memory=lambda params: {"v": params, "alpha": jnp.asarray(alpha, jnp.float32)},
-        **options,
     )
 
     def personal(state, i):

@@ -6,8 +6,7 @@ import numpy as np
 import optax
 
 from jfed import tree
-from jfed.algorithms._work import optimizer_of, same
-from jfed.algorithms.federated import federated
+from jfed.algorithms._work import optimizer_of, same, specialised
 from jfed.core import Algorithm, ClientWork, Population
 
 
@@ -32,17 +31,20 @@ def local_only(work: ClientWork, *, num_clients: int, **options) -> Algorithm:
     def update_fn(mean, state, params):
         return jax.tree.map(jnp.zeros_like, params), state
 
-    inner = federated(
+    inner = specialised(
+        "local_only",
         work._replace(
             start=lambda shared, client: work.start(own(shared, client), client),
             step=lambda shared, client, carry, t: work.step(own(shared, client), client, carry, t),
             finish=finish_fn,
         ),
+        options,
+        uplink=None,
+        aggregator=None,
         server=optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn),
         num_clients=num_clients,
         memory=same,
         message=lambda params: (),
-        **options,
     )
 
     def round_fn(state, cohort, key):
@@ -75,11 +77,12 @@ def centralised(work: ClientWork, **options) -> Algorithm:
     def start_fn(shared, client):
         return work.start(shared, client)._replace(optimizer=client.state)
 
-    return federated(
+    return specialised(
+        "centralised",
         work._replace(start=start_fn, finish=finish_fn),
+        options,
         num_clients=1,
         memory=optimizer_of("centralised", work).init,
-        **options,
     )
 
 

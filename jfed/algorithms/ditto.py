@@ -11,8 +11,7 @@ from typing import NamedTuple
 import optax
 
 from jfed import _validate, tree
-from jfed.algorithms._work import remade, same
-from jfed.algorithms.federated import federated
+from jfed.algorithms._work import remade, same, specialised
 from jfed.core import Algorithm, ClientWork, Tree
 from jfed.local import proximal
 
@@ -50,10 +49,11 @@ def ditto(work: ClientWork, *, strength: float, num_clients: int, **options) -> 
         kept, added = work.finish(shared, client, carry.model)
         return (kept, carry.personal.params), added
 
-    inner = federated(
+    inner = specialised(
+        "ditto",
         work._replace(start=start_fn, step=step_fn, finish=finish_fn),
+        options,
         num_clients=num_clients,
         memory=same,
-        **options,
     )
     return inner._replace(personal=lambda state, i: tree.take(state.memory, i))

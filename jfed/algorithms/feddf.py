@@ -14,7 +14,7 @@ import optax
 
 from jfed import _streams, tree
 from jfed.algorithms._kinds import ByKind, Kind, check, init_of, only, public_rows, together, train
-from jfed.algorithms.federated import federated
+from jfed.algorithms._work import specialised
 from jfed.core import Algorithm, Cohort, Tree
 
 
@@ -71,7 +71,7 @@ def feddf(
             return {"scores": jnp.zeros_like(kind.apply(params, public[:public_size])), "weight": jnp.zeros(())}
 
         server = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-        return federated(kind.work, server=server, decode=decode, **options)
+        return specialised("feddf", kind.work, options, server=server, decode=decode)
 
     def agree(kind: Kind, params: Tree, key: jax.Array, x: jax.Array, target: jax.Array) -> Tree:
         def divergence(params, x, target):

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate
-from jfed.algorithms._work import corrected, equally_weighted
-from jfed.algorithms.federated import federated
+from jfed.algorithms._work import corrected, equally_weighted, specialised
 from jfed.core import Algorithm, ClientWork
 
 
@@ -50,13 +49,14 @@ def feddyn(work: ClientWork, *, alpha: float, num_clients: int, **options) -> Al
         return jax.tree.map(lambda d, h: (-d - h / alpha).astype(d.dtype), mean, h), h
 
     return equally_weighted(
-        federated(
+        specialised(
+            "feddyn",
             inner._replace(finish=finish_fn),
+            options,
             server=optax.GradientTransformationExtraArgs(
                 lambda params: jax.tree.map(jnp.zeros_like, params), update_fn
             ),
             num_clients=num_clients,
             memory=lambda params: jax.tree.map(jnp.zeros_like, params),
-            **options,
         )
     )

@@ -16,8 +16,7 @@ import optax
 
 from jfed import _streams, tree
 from jfed.algorithms._kinds import ByKind, Kind, check, init_of, only, public_rows, together, train
-from jfed.algorithms._work import same
-from jfed.algorithms.federated import federated
+from jfed.algorithms._work import same, specialised
 from jfed.clients import lanes
 from jfed.core import Algorithm, ClientWork, Cohort, Shared, Tree
 
@@ -88,14 +87,17 @@ def fedmd(
         def update_fn(mean, state, params):
             return jax.tree.map(jnp.zeros_like, params), state
 
-        return federated(
+        return specialised(
+            "fedmd",
             kind.work._replace(start=start_fn, finish=finish_fn),
+            options,
+            uplink=None,
+            aggregator=None,
             server=optax.GradientTransformation(lambda params: (), update_fn),
             num_clients=num_clients,
             memory=same,
             message=lambda params: (),
             broadcast=lambda state, shared, clients: state,
-            **options,
         )
 
     def scores(kind: Kind, memory: Tree, cohort: Cohort, rows: jax.Array) -> dict:

@@ -11,8 +11,7 @@ tau_eff, p_i weights.
 import jax.numpy as jnp
 import optax
 
-from jfed.algorithms._work import measured, scaled
-from jfed.algorithms.federated import federated
+from jfed.algorithms._work import measured, scaled, specialised
 from jfed.core import Algorithm, ClientWork
 
 
@@ -43,9 +42,10 @@ def fednova(work: ClientWork, *, server: optax.GradientTransformation | None = N
         share = 1.0 / jnp.where(mean["moved"] > 0, mean["moved"], 1.0)
         return server.update(scaled(share**2 * mean["length"], mean["direction"]), state, params, **extra_args)
 
-    return federated(
+    return specialised(
+        "fednova",
         inner._replace(finish=finish_fn),
+        options,
         server=optax.GradientTransformationExtraArgs(server.init, update_fn),
         message=lambda params: {"direction": params, "length": jnp.zeros(()), "moved": jnp.zeros(())},
-        **options,
     )

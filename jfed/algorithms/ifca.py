@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate, tree
-from jfed.algorithms._work import scaled, whole_of
-from jfed.algorithms.federated import federated
+from jfed.algorithms._work import scaled, specialised, whole_of
 from jfed.core import Algorithm, ClientWork
 
 
@@ -74,14 +73,16 @@ def ifca(work: ClientWork, *, clusters: int, num_clients: int, **options) -> Alg
         each = 1.0 / jnp.where(share > 0, share, 1.0)  # a model nobody took stays
         return jax.vmap(scaled)(-each, mean["model"]), state
 
-    inner = federated(
+    inner = specialised(
+        "ifca",
         ClientWork(work.steps, start_fn, step_fn, finish_fn),
+        options,
+        aggregator=None,
         server=optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn),
         num_clients=num_clients,
         memory=lambda params: jnp.full((), -1, jnp.int32),
         message=lambda params: {"model": tree.take(params, 0), "cluster": jnp.zeros(clusters)},
         decode=decode,
-        **options,
     )
 
     def most_taken(state):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from jfed import tree
-from jfed.algorithms._work import optimizer_of, remade, scaled, whole_of
-from jfed.algorithms.federated import FederatedState, count_bytes, federated
+from jfed.algorithms._work import optimizer_of, remade, scaled, specialised, whole_of
+from jfed.algorithms.federated import FederatedState, count_bytes
 from jfed.clients import lanes
 from jfed.core import Algorithm, ClientWork, Cohort, Shared
 from jfed.local.gradients import mean_of
@@ -44,12 +44,13 @@ def mimelite(work: ClientWork, **options) -> Algorithm:
     def update_fn(mean, s, x=None, **extra_args):
         return scaled(-1.0, mean["model"]), _advance(base, mean["gradient"], s, x, extra_args)
 
-    return federated(
+    return specialised(
+        "mimelite",
         inner._replace(finish=finish_fn),
+        options,
         server=optax.GradientTransformationExtraArgs(base.init, update_fn),
         message=lambda params: {"model": params, "gradient": params},
         broadcast=lambda s, shared, clients: {"s": s},
-        **options,
     )
 
 
@@ -94,8 +95,12 @@ def mime(work: ClientWork, **options) -> Algorithm:
     def update_fn(mean, s, x=None, *, extra, **extra_args):
         return scaled(-1.0, mean), _advance(base, extra["c"], s, x, extra_args)
 
-    whole_round = federated(
-        inner, server=optax.GradientTransformationExtraArgs(base.init, update_fn), broadcast=broadcast, **options
+    whole_round = specialised(
+        "mime",
+        inner,
+        options,
+        server=optax.GradientTransformationExtraArgs(base.init, update_fn),
+        broadcast=broadcast,
     )
 
     def round_fn(state: FederatedState, cohort: Cohort, key: jax.Array) -> tuple[FederatedState, dict]:

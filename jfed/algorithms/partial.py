@@ -11,14 +11,15 @@ one after the other:
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jfed import _validate, tree
-from jfed.algorithms._work import remade
-from jfed.algorithms.federated import FederatedState, federated
+from jfed.algorithms._work import remade, specialised
+from jfed.algorithms.federated import FederatedState
 from jfed.core import Algorithm, ClientWork, Cohort, Shared, Tree
 
 Mask = Callable[[str], bool]
@@ -34,9 +35,7 @@ def is_normalisation(path: str) -> bool:
     return "norm" in path.lower()
 
 
-def partially_local(
-    work: ClientWork, *, is_local: Mask, num_clients: int, where: str = "partially_local", **options
-) -> Algorithm:
+def partially_local(work: ClientWork, *, is_local: Mask, num_clients: int, **options) -> Algorithm:
     """FedAvg over the leaves that are not local, each client keeping its own of the others.
 
     `params` of its state is the shared part with the mean of the clients' local parts; `personal` is a
@@ -46,13 +45,17 @@ def partially_local(
       work: usually `local.sgd(...)`; its carry has a field `params`.
       is_local: whether a leaf is local, by its path, names joined by `/`.
       num_clients: clients in the population, N.
-      where: name for errors.
       **options: those of `fedavg`, and `server`.
 
     Raises:
       ValueError: at `init`, if no leaf is local, or all are.
     """
+    return _partially_local("partially_local", work, is_local, num_clients, options)
 
+
+def _partially_local(
+    where: str, work: ClientWork, is_local: Mask, num_clients: int, options: dict[str, Any]
+) -> Algorithm:
     def split(params: Tree) -> tuple[Tree, Tree]:
         """`(shared, local)`, each with None for the other's leaves."""
         local = jax.tree.map_with_path(lambda path, _: bool(is_local(_name(path))), params)
@@ -68,15 +71,16 @@ def partially_local(
         kept, added = work.finish(merged(shared, client.state), client, carry)
         return (split(kept)[0], split(carry.params)[1]), added
 
-    inner = federated(
+    inner = specialised(
+        where,
         work._replace(
             start=lambda shared, client: work.start(merged(shared, client.state), client),
             step=lambda shared, client, carry, t: work.step(merged(shared, client.state), client, carry, t),
             finish=finish_fn,
         ),
+        options,
         num_clients=num_clients,
         memory=lambda params: (),  # set by init
-        **options,
     )
 
     def init_fn(params: Tree) -> FederatedState:
@@ -99,12 +103,12 @@ def partially_local(
 
 def fedper(work: ClientWork, *, is_local: Mask, num_clients: int, **options) -> Algorithm:
     """The personalisation layers, usually the last, are local. Arguments are those of `partially_local`."""
-    return partially_local(work, is_local=is_local, num_clients=num_clients, where="fedper", **options)
+    return _partially_local("fedper", work, is_local, num_clients, options)
 
 
 def lg_fedavg(work: ClientWork, *, is_local: Mask, num_clients: int, **options) -> Algorithm:
     """The representation, the first layers, is local, and the head shared. Arguments are those of `partially_local`."""
-    return partially_local(work, is_local=is_local, num_clients=num_clients, where="lg_fedavg", **options)
+    return _partially_local("lg_fedavg", work, is_local, num_clients, options)
 
 
 def fedbn(work: ClientWork, *, num_clients: int, is_local: Mask = is_normalisation, **options) -> Algorithm:
@@ -114,7 +118,7 @@ def fedbn(work: ClientWork, *, num_clients: int, is_local: Mask = is_normalisati
     of batches, which the paper keeps local too, are not part of a model here. Arguments are those of
     `partially_local`.
     """
-    return partially_local(work, is_local=is_local, num_clients=num_clients, where="fedbn", **options)
+    return _partially_local("fedbn", work, is_local, num_clients, options)
 
 
 def fedrep(work: ClientWork, *, is_local: Mask, head_epochs: int, num_clients: int, **options) -> Algorithm:
@@ -131,7 +135,7 @@ def fedrep(work: ClientWork, *, is_local: Mask, head_epochs: int, num_clients: i
       ValueError: if `head_epochs` is not a whole number of at least 1, or the work cannot be remade; at `init`, if no
         leaf is local, or all are.
     """
-    _validate.at_least_one("fedrep", "head_epochs", head_epochs, "the paper uses 10, and 1 for the rest")
+    _validate.at_least_one("fedrep", "head_epochs", head_epochs, "10 is usual, with one more for the rest")
 
     def in_turn(optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
         def only(flag: jax.Array, updates: Tree) -> Tree:
@@ -150,7 +154,7 @@ def fedrep(work: ClientWork, *, is_local: Mask, head_epochs: int, num_clients: i
         return optax.GradientTransformationExtraArgs(optimizer.init, update_fn)
 
     phased = remade("fedrep", work, optimizer=in_turn)
-    return partially_local(phased, is_local=is_local, num_clients=num_clients, where="fedrep", **options)
+    return _partially_local("fedrep", phased, is_local, num_clients, options)
 
 
 def _merge(shared: Tree, own: Tree) -> Tree:

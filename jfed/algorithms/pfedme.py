@@ -12,8 +12,7 @@ import jax
 import optax
 
 from jfed import _validate, tree
-from jfed.algorithms._work import remade, same, scaled, side_by_side
-from jfed.algorithms.federated import federated
+from jfed.algorithms._work import remade, same, scaled, side_by_side, specialised
 from jfed.core import Algorithm, ClientWork
 from jfed.local.gradients import mean_of
 
@@ -83,15 +82,16 @@ def pfedme(
         kept, added = inner.finish(beside(shared), client, carry)
         return (kept["w"], carry.params["theta"]), added
 
-    whole_round = federated(
+    whole_round = specialised(
+        "pfedme",
         inner._replace(
             start=lambda shared, client: inner.start(beside(shared), client),
             step=lambda shared, client, carry, t: inner.step(beside(shared), client, carry, t),
             finish=finish_fn,
         ),
+        options,
         server=optax.sgd(beta),
         num_clients=num_clients,
         memory=same,
-        **options,
     )
     return whole_round._replace(personal=lambda state, i: tree.take(state.memory, i))

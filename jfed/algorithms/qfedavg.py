@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate
-from jfed.algorithms._work import scaled, whole_of
-from jfed.algorithms.federated import federated
+from jfed.algorithms._work import scaled, specialised, whole_of
 from jfed.core import Algorithm, ClientWork
 
 _TINY = 1e-10  # added to a loss before it is raised to a negative power, as the authors' code does
@@ -52,9 +51,10 @@ def qfedavg(work: ClientWork, *, q: float, learning_rate: float, **options) -> A
         # 0 only where all losses are, or their powers too small for a float: then nobody counts.
         return scaled(-1.0 / jnp.where(mean["h"] > 0, mean["h"], 1.0), mean["delta"]), state
 
-    return federated(
+    return specialised(
+        "qfedavg",
         work._replace(finish=finish_fn),
+        options,
         server=optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn),
         message=lambda params: {"delta": params, "h": jnp.zeros(())},
-        **options,
     )

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import tree
-from jfed.algorithms._work import corrected, equally_weighted, measured
-from jfed.algorithms.federated import federated
+from jfed.algorithms._work import corrected, equally_weighted, measured, specialised
 from jfed.core import Algorithm, ClientWork
 
 
@@ -61,13 +60,14 @@ def scaffold(
         return {"server": server.init(params), "c": jax.tree.map(jnp.zeros_like, params)}
 
     return equally_weighted(
-        federated(
+        specialised(
+            "scaffold",
             inner._replace(finish=finish_fn),
+            options,
             server=optax.GradientTransformationExtraArgs(init_fn, update_fn),
             num_clients=num_clients,
             memory=lambda params: jax.tree.map(jnp.zeros_like, params),
             message=lambda params: {"model": params, "control": params},
             broadcast=lambda state, shared, clients: state["c"],
-            **options,
         )
     )

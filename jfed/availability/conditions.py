@@ -17,8 +17,7 @@ import numpy as np
 
 from jfed import _validate
 from jfed.availability._values import check_each, of_client
-from jfed.availability.stragglers import Sampler
-from jfed.core import Cohort, Population, make_cohort
+from jfed.core import Cohort, Population, Sampler, make_cohort
 
 Condition = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """`(key, ids [K], t) -> [K] bool`, whether each client is available in round t."""

@@ -14,9 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jfed import _validate
-from jfed.core import Cohort, Population
-
-Sampler = Callable[[Population, jax.Array, jax.Array], Cohort]
+from jfed.core import Cohort, Population, Sampler
 
 
 def per_client(draw: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array, Cohort], jax.Array]:

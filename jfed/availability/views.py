@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jfed.availability._values import check_each, check_length, of_client
-from jfed.availability.stragglers import Sampler
-from jfed.core import Cohort, Population
+from jfed.core import Cohort, Population, Sampler
 
 View = Callable[[Population, jax.Array], Population]
 """`(population, t) -> population` as it is in round t."""

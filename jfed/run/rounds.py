@@ -15,9 +15,8 @@ import numpy as np
 from jax.experimental import io_callback
 
 from jfed import _validate, mesh
-from jfed.core import Algorithm, Population, Tree
+from jfed.core import Algorithm, Population, Sampler, Tree
 from jfed.run.evaluation import Metrics, evaluate
-from jfed.sampling import Sampler
 
 
 def scan_rounds(

@@ -23,12 +23,11 @@ from jax.sharding import PartitionSpec as P
 
 from jfed import _streams, _validate
 from jfed.clients.dealt import deal_on_host
-from jfed.core import Algorithm, Cohort, Population, Tree, make_cohort
+from jfed.core import Algorithm, Cohort, Population, Sampler, Tree, make_cohort
 from jfed.data.source import Source, check_rows, fetch, row_of
 from jfed.mesh import devices_along, onto
 from jfed.run._cohorts import block, lay_out, send
 from jfed.run.rounds import Moment, keys_of_round
-from jfed.sampling import Sampler
 
 _MOST_ROWS = 2**31 - 1  # `start` is int32
 

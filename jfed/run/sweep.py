@@ -23,10 +23,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jfed import _machine, _validate, report
-from jfed.core import Algorithm, Population, Tree
+from jfed.core import Algorithm, Population, Sampler, Tree
 from jfed.mesh import devices_along, shard_map
 from jfed.run.rounds import scan_rounds
-from jfed.sampling import Sampler
 
 
 class Sweep(NamedTuple):

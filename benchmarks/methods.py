@@ -1,0 +1,123 @@
+"""What a round of each method costs beside a round of FedAvg.
+
+The task is FedAvg's 2NN (199,210 parameters) on images of MNIST's shape: 100 clients of 100 examples, 20 a
+round, batch 10, one epoch. Rounds of all methods take turns in one process, so that a machine that
+drifts harms none; the figure is the median of the ratios to FedAvg's round of the same turn. Bytes are
+those of one message.
+
+Command: python benchmarks/methods.py
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jfed import algorithms, clients, data, local, mesh, models, report, sampling
+
+N, EACH, COHORT = 100, 100, 20
+
+
+def seconds(key: jax.Array, cohort) -> jax.Array:
+    """Simulated; as many as local steps, by chance."""
+    return cohort.steps * jax.random.exponential(key, cohort.ids.shape)
+
+
+def methods(work, learning_rate: float, client_map) -> dict:
+    """Name -> algorithm, all on the same work."""
+    own = {"num_clients": N, "client_map": client_map}
+    plain = {"client_map": client_map}
+    a = algorithms
+    head = {"is_local": lambda path: path.startswith("dense_2"), **own}
+    return {
+        "fedavg": a.fedavg(work, **plain),
+        "fedprox": a.fedprox(work, mu=0.1, **plain),
+        "fedadam": a.fedadam(work, learning_rate=0.01, **plain),
+        "fednova": a.fednova(work, **plain),
+        "qfedavg": a.qfedavg(work, q=1.0, learning_rate=learning_rate, **plain),
+        "afl": a.afl(work, learning_rate=0.1, **own),
+        "scaffold": a.scaffold(work, **own),
+        "feddyn": a.feddyn(work, alpha=0.01, **own),
+        "mimelite": a.mimelite(work, **plain),
+        "mime": a.mime(work, **plain),
+        "fedper": a.fedper(work, **head),
+        "ditto": a.ditto(work, strength=0.1, **own),
+        "apfl": a.apfl(work, alpha=0.5, **own),
+        "pfedme (K = 5)": a.pfedme(work, strength=15.0, personal_learning_rate=0.1, **own),
+        "perfedavg_fo": a.perfedavg_fo(work, alpha=0.01, **plain),
+        "perfedavg_hf": a.perfedavg_hf(work, alpha=0.01, **plain),
+        "perfedavg": a.perfedavg(work, alpha=0.01, **plain),
+        "local_only": a.local_only(work, **own),
+        "ifca (3 clusters)": a.ifca(work, clusters=3, **own),
+        "fedbuff (all return)": a.fedbuff(work, concurrency=COHORT, buffer=COHORT, duration=seconds, **plain),
+    }
+
+
+def main() -> None:
+    """Times rounds in turn and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--only", nargs="*", help="methods beside fedavg")
+    chosen = parser.parse_args()
+    mesh.use_cores()
+    rng = np.random.default_rng(0)
+    examples = {
+        "x": rng.random((N * EACH, 28, 28, 1), np.float32),
+        "y": rng.integers(0, 10, N * EACH).astype(np.int32),
+    }
+    devices = mesh.make()
+    population = mesh.replicate(data.population(examples, [EACH] * N), devices)
+    model, learning_rate = models.two_nn(), 0.05
+    work = local.sgd(models.cross_entropy(model), optax.sgd(learning_rate), batch_size=10)
+    sampler = sampling.uniform(COHORT, steps=work.steps)
+    client_map = clients.sharded(devices, clients.lanes(1))
+    table = methods(work, learning_rate, client_map)
+    if chosen.only:
+        table = {name: algorithm for name, algorithm in table.items() if name in ("fedavg", *chosen.only)}
+    params = model.init(jax.random.key(0))
+    programs, states, metrics = {}, {}, {}
+    with report.progress(len(table), "compiling", unit="methods") as advance:
+        for name, algorithm in table.items():
+
+            def one_round(state, key, t, algorithm=algorithm):
+                sample_key, round_key = jax.random.split(jax.random.fold_in(key, t))
+                return algorithm.round(state, sampler(population, sample_key, t), round_key)
+
+            start = params
+            if name.startswith("ifca"):
+                start = jax.tree.map(lambda *x: jnp.stack(x), *(model.init(jax.random.key(i)) for i in range(3)))
+            states[name] = mesh.replicate(algorithm.init(start), devices)
+            programs[name] = jax.jit(one_round, donate_argnums=0)
+            states[name], metrics[name] = jax.block_until_ready(programs[name](states[name], jax.random.key(1), 0))
+            advance(1)
+    took: dict[str, list[float]] = {name: [] for name in table}
+    with report.progress(chosen.turns, "turns", unit="turns") as advance:
+        for turn in range(1, chosen.turns + 1):
+            for name in table:
+                began = time.perf_counter()
+                states[name], metrics[name] = jax.block_until_ready(
+                    programs[name](states[name], jax.random.key(1), turn)
+                )
+                took[name].append(time.perf_counter() - began)
+            advance(1)
+    rows = []
+    for name in table:
+        ratios = [mine / its for mine, its in zip(took[name], took["fedavg"], strict=True)]
+        rows.append(
+            {
+                "method": name,
+                "median": f"{1e3 * statistics.median(took[name]):.0f} ms",
+                "to FedAvg's": f"{statistics.median(ratios):.2f}",
+                "sent to a client": report.human_bytes(int(metrics[name]["download_bytes"])),
+                "by it": report.human_bytes(int(metrics[name]["upload_bytes"])),
+            }
+        )
+    print(report.table(f"A round of {COHORT} clients of {EACH} examples, 2NN, median of {chosen.turns}", rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Two rounds of every method over two processes: python -m jfed.launch -n 2 two_process_methods.py FOLDER."""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from methods import METHODS, make, two_rounds
+from problem import PARAMS
+
+from jfed import mesh
+from jfed.clients import lanes, sharded
+
+
+def main(folder):
+    """Writes the leaves of each method's state and metrics."""
+    devices = mesh.make()
+    assert devices.shape["clients"] == 4
+    for number, method in enumerate(METHODS):
+        algorithm = make(method, sharded(devices, lanes(2)))
+        ended = two_rounds(
+            jax.jit(algorithm.round), method, algorithm.init(PARAMS), place=lambda tree: mesh.replicate(tree, devices)
+        )
+        if jax.process_index() == 0:
+            leaves = [np.asarray(leaf.addressable_data(0)) for leaf in jax.tree.leaves(ended)]
+            np.savez(folder / f"{number}.npz", **{str(i): leaf for i, leaf in enumerate(leaves)})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
