@@ -81,8 +81,8 @@ def mnist(config: Config) -> dict[str, Any]:
 
 def synthetic(config: Config) -> dict[str, Any]:
     """A hundred users whose models and inputs differ."""
-    clients_ = 20 if config.smoke else 100
-    train, test = data.synthetic(jax.random.key(0), alpha=0.5, beta=0.5, num_clients=clients_)
+    num_clients, factor = (20, 1) if config.smoke else (100, 5)
+    train, test = data.synthetic(jax.random.key(0), 0.5, 0.5, num_clients=num_clients, size_factor=factor)
     return {"train": train, "test": test, "model": models.logistic_regression(60, 10), "cohort": 10, "lambda": 20.0}
 
 

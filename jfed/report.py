@@ -232,7 +232,7 @@ def fairness(values: Any) -> dict[str, float]:
 
     `worst_tenth` and `best_tenth` are means over `max(1, floor(N / 10))` clients; the variance is over
     all N, in squared units of the values: of accuracies in per cent it is that of Li et al. 2020
-    (arXiv:1905.10497), Table 1. NaNs, clients with nothing to judge, are left out.
+    (arXiv:1905.10497), Table 1. NaNs, clients with nothing to judge, and infinities are left out.
 
     >>> spread = fairness([50.0, 10.0, 90.0, math.nan])
     >>> print({name: round(value, 1) for name, value in spread.items()})

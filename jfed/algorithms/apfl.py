@@ -2,7 +2,7 @@
 
 The own part v_i is trained by the loss of the mixture `alpha v_i + (1 - alpha) w_i`, the local version
 w_i of the global model by its own loss, on the same batches (Deng et al. 2020, arXiv:2003.13461,
-Algorithm 1); alpha may be learned, by equation (10).
+Algorithm 1); alpha may be learned, down the gradient of that loss in it.
 
 Letters of the paper: w_i local version of the global model w, v_i own part, alpha_i mixing weight.
 """

@@ -37,8 +37,8 @@ def fedasync(
     Raises:
       ValueError: if `concurrency` is not a whole number of at least 1, or `mixing` not in (0, 1].
     """
-    _validate.positive("fedasync", "mixing", mixing, "0.6 is the paper's")
-    _validate.within("fedasync", "mixing", mixing, 0.0, 1.0, "0.6 is the paper's")
+    _validate.positive("fedasync", "mixing", mixing, "0.6 is usual")
+    _validate.within("fedasync", "mixing", mixing, 0.0, 1.0, "0.6 is usual")
 
     def model_of(params, change):
         return jax.tree.map(jnp.subtract, params, change)

@@ -24,7 +24,9 @@ from jfed.local.gradients import mean_of
 def mimelite(work: ClientWork, **options) -> Algorithm:
     """The clients' optimizer with the server's statistics; its state lasts from round to round.
 
-    The paper weights clients alike: `sampling.equally_weighted`.
+    The paper weights clients alike: `sampling.equally_weighted`. An optimizer steps as its own `update` does with the
+    server's statistics, which it then leaves as they are: for SGD with momentum that is the paper's U; Adam's second
+    moment has a share 1 - b2 of the client's own gradient, which the paper's has not.
 
     Args:
       work: `local.sgd(...)` or `local.full_batch(...)`; its optimizer is the base method, such as

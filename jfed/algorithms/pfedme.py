@@ -29,6 +29,9 @@ def pfedme(
 ) -> Algorithm:
     """Personal models and their common centre.
 
+    Only the cohort trains. In the paper every client does, and the server averages those it drew: the global model is
+    the same, and the personal model of a client never drawn lags behind.
+
     Args:
       work: `local.sgd(...)`; its optimizer, with the rate that the paper calls eta, descends the envelope.
       strength: lambda; the paper uses 15 to 30, with eta lambda below 1.

@@ -102,7 +102,7 @@ def timed(algorithm: Algorithm, duration: Duration) -> Algorithm:
     """The same method, whose metrics also tell `"seconds"`: the longest duration among those who take part.
 
     A synchronous round lasts as long as its slowest client; if nobody takes part it lasts 0 seconds.
-    Clients that were dropped are not waited for.
+    Those that a sampler let drop out are not waited for; one whose update turns out not to be finite is.
 
     Args:
       algorithm: a synchronous method.

@@ -110,7 +110,8 @@ def evaluate_adapted(
 ) -> dict[str, jax.Array]:
     """The metrics of a model on each client's examples, once the client has trained it on its own.
 
-    This is how Per-FedAvg is judged, after one local step, and how a model fine-tuned by each client is.
+    This is how Per-FedAvg is judged, after one local step, and how a model fine-tuned by each client is. The training
+    is that of round 0, whatever rounds the model has behind it: `local.scale_by_round` scales by `factor(0)`.
 
     Args:
       metrics: `(params, batch) -> {name: (total [B], count [B])}`.

@@ -6,7 +6,7 @@ import problem
 import pytest
 from problem import PARAMS, POPULATION, SIZES, cohort_of
 
-from jfed import local, run, sampling
+from jfed import algorithms, local, run, sampling
 from jfed.algorithms import fedadagrad, fedadam, fedavg, fedavgm, federated, fedsgd, fedyogi
 from jfed.clients import lanes, vectorised
 from jfed.core import ClientWork
@@ -305,3 +305,19 @@ def test_hyperparameters_out_of_range_are_refused(make, message):
 def test_an_uplink_with_state_needs_the_number_of_clients():
     with pytest.raises(ValueError, match="pass num_clients"):
         federated(WORK, uplink=optax.trace(0.9)).init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("qfedavg", {"q": 1.0, "learning_rate": 0.1, "server": optax.sgd(1.0)}),
+        ("mime", {"server": optax.sgd(1.0)}),
+        ("fedasync", {"concurrency": 2, "mixing": 0.5, "duration": None, "server": optax.sgd(1.0)}),
+        ("fedper", {"is_local": str, "num_clients": 12, "memory": tuple}),
+        ("local_only", {"num_clients": 12, "uplink": optax.identity()}),
+        ("ifca", {"clusters": 2, "num_clients": 12, "aggregator": optax.identity()}),
+    ],
+)
+def test_what_a_method_decides_itself_is_refused(method, options):
+    with pytest.raises(ValueError, match=rf"{method}\({list(options)[-1]}=...\): .* leave it out"):
+        getattr(algorithms, method)(WORK, **options)

@@ -3,6 +3,7 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import methods
 import numpy as np
 import optax
 import problem
@@ -89,6 +90,18 @@ def test_a_run_dealt_over_devices_is_the_run_on_one(shape, names):
     devices = mesh.make(shape, names)
     method = fedavgm(QUICK_WORK, client_map=dealt(devices, lanes(2)))
     problem.close(list(stream(method, SAMPLER, mesh=devices)), list(stream(QUICK, SAMPLER)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scaffold", "mime", "ifca", "fedbuff", "fedmd", "fedper", "aggregator of the stack"])
+def test_methods_that_remember_broadcast_or_stack_run_dealt_over_devices(name):
+    """Each sees clients or messages in another way than a plain mean does."""
+    sampler = sampling.uniform(5, steps=methods.METHODS[name][0].steps)
+    together, alone = methods.make(name, dealt(DEVICES, lanes(2))), methods.make(name, vectorised())
+    problem.close(
+        list(stream(together, sampler, rounds=2, every=2, mesh=DEVICES)),
+        list(stream(alone, sampler, rounds=2, every=2)),
+    )
 
 
 @pytest.mark.parametrize("devices", [None, DEVICES], ids=["one device", "four devices"])
