@@ -3,15 +3,25 @@
 Claim: with clients whose speeds differ by orders of magnitude, FedBuff reaches a given accuracy in less
 simulated time than FedAvg, which waits for the slowest of its cohort in every round.
 
-MEASURED
+| 10,000 updates | hours to 80 % | final accuracy | hours in all |
+|----------------|---------------|----------------|--------------|
+| FedAvg         |   5.06 ± 1.09 |   83.8 ± 0.2 % | 12.78 ± 0.37 |
+| FedBuff        |   0.12 ± 0.02 |   84.5 ± 0.9 % |  0.72 ± 0.01 |
+| FedAsync       |   0.19 ± 0.04 |   83.0 ± 0.2 % |  0.76 ± 0.02 |
+
+Simulated hours, mean and standard deviation of three seeds. That FedBuff is 40 times as fast as FedAvg, where its paper
+has 3.3 times, is the spread of speeds: a round of FedAvg lasts as long as the slowest of 50 clients, of whom two
+in a hundred take more than twenty times the median.
 
 Source: Nguyen et al. 2022 (arXiv:2106.06639), section 5: the time a client takes is drawn from a half-normal
 distribution; buffer K = 10. Xie et al. 2019 (arXiv:1903.03934) for FedAsync, with its polynomial discount of
 staleness. Here a client's speed is also its own, log-normal over clients, and its time grows with its local
 steps. All train at most 50 clients at a time and receive as many updates; learning rates are the best of
-three for each, by the time to the target. Nothing is told of the time that messages take.
+three for each, by the time to the target; it was the largest for all. Messages take no time.
 
 Command: python experiments/async_vs_sync.py
+Expected: the table above.
+Time: 13 minutes on two CPU cores that did other work too.
 """
 
 import dataclasses
