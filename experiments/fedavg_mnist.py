@@ -96,7 +96,7 @@ def main(config: Config) -> None:
     def one_seed(folder: report.Run, key: jax.Array) -> dict:
         init_key, train_key = jax.random.split(key)
         best = 0.0
-        for row, _ in experiment.record(
+        for row, params in experiment.record(
             folder,
             fedavg,
             sampler,
@@ -112,10 +112,12 @@ def main(config: Config) -> None:
             if best >= target:
                 break
         rows = report.rows(folder.folder)
+        own = run.evaluate_clients(metrics, params, population, client_map=client_map)["accuracy"]
         return {
             "accuracy": max(r["accuracy"] for r in rows),
             "rounds_to_target": report.rounds_to(rows, "accuracy", target),
             **{name: row[name] for name in ("bytes_up", "bytes_down", "seconds")},
+            **experiment.fairness(folder, own, judged_on="the client's training images"),
             "rounds": row["round"],
         }
 

@@ -88,16 +88,10 @@ def main(config: Config) -> None:
             title=f"FedAvg, Shakespeare, {config.model}, {len(train.size)} roles",
             reference={f"most frequent next character {100 * baseline:.1f} %": 100 * baseline},
         )
-        plot.plot_distribution(
-            folder.folder / "clients.png",
-            100 * own,
-            xlabel="accuracy on the role's held-out speeches, %",
-            title="Roles",
-        )
         return {
             "accuracy": row["accuracy"],
             "baseline_accuracy": baseline,
-            "worst_tenth_accuracy": report.worst_tenth(own),
+            **experiment.fairness(folder, own, judged_on="the role's held-out speeches"),
             **{name: row[name] for name in ("bytes_up", "bytes_down", "seconds")},
             "rounds": row["round"],
         }
@@ -106,7 +100,6 @@ def main(config: Config) -> None:
     shown = {
         "next-character accuracy": f"{100 * summary['accuracy']:.1f} %",
         "most frequent next character": f"{100 * summary['baseline_accuracy']:.1f} %",
-        "worst 10 % of roles": f"{100 * summary['worst_tenth_accuracy']:.1f} %",
         "rounds": f"{summary['rounds']:.0f}",
     }
     experiment.conclude(whole, f"FedAvg, Shakespeare, {config.model}", shown, summary)

@@ -98,16 +98,10 @@ def main(config: Config) -> None:
             title=f"FedAvg, {config.num_clients} clients, Dirichlet({config.alpha})",
             reference={f"centralised {100 * reference:.1f} %": 100 * reference},
         )
-        plot.plot_distribution(
-            folder.folder / "clients.png",
-            100 * own,
-            xlabel="accuracy on the client's training images, %",
-            title="Clients",
-        )
         return {
             "accuracy": row["accuracy"],
             "centralised_accuracy": reference,
-            "worst_tenth_accuracy": report.worst_tenth(own),
+            **experiment.fairness(folder, own, judged_on="the client's training images"),
             **{name: row[name] for name in ("bytes_up", "bytes_down", "seconds")},
             "rounds": row["round"],
         }
@@ -116,7 +110,6 @@ def main(config: Config) -> None:
     shown = {
         "test accuracy": f"{100 * summary['accuracy']:.1f} %",
         "the same model, centralised": f"{100 * summary['centralised_accuracy']:.1f} %",
-        "worst 10 % of clients, on their training images": f"{100 * summary['worst_tenth_accuracy']:.1f} %",
         "rounds": f"{summary['rounds']:.0f}",
     }
     experiment.conclude(whole, "FedAvg", shown, summary)

@@ -16,10 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jfed import _machine, _validate, checkpoint, clients, mesh, report
+from jfed import _machine, _validate, checkpoint, clients, mesh, plot, report
 from jfed.core import Algorithm, ClientMap, Population, Sampler, Tree
 from jfed.data import Source
 from jfed.run import iterate, stream
+
+_BINS = np.linspace(0, 100, 21)  # per cent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +154,27 @@ def over_cells(
     return whole, results
 
 
+def fairness(run: report.Run, accuracies: Any, *, judged_on: str) -> dict[str, float]:
+    """How evenly a seed's model serves the clients: a picture, and the entries of the summary that `conclude` shows.
+
+    Args:
+      run: the seed's folder, which gets `clients.png`, the distribution.
+      accuracies: [N], between 0 and 1, as `run.evaluate_clients` has them; NaN for a client with nothing to judge.
+      judged_on: what they were taken on, in words, such as `"the client's test images"`.
+
+    Returns:
+      `{"clients_mean", "clients_worst_tenth", "clients_best_tenth", "clients_variance"}`, of per cents: see
+      `report.fairness`.
+    """
+    percent = 100 * np.asarray(accuracies, float)
+    plot.plot_distribution(
+        run.folder / "clients.png", percent, xlabel=f"accuracy on {judged_on}, %", title="Clients", bins=_BINS
+    )
+    return {f"clients_{name}": value for name, value in report.fairness(percent).items()}
+
+
 def conclude(run: report.Run, title: str, shown: dict[str, str], summary: dict[str, Any]) -> None:
-    """Ends an experiment: a table of what was found, where its files are, and the line of JSON.
+    """Ends an experiment: a table of what was found and how evenly, where its files are, and the line of JSON.
 
     Args:
       run: the experiment's folder, from `over_seeds`.
@@ -161,7 +182,13 @@ def conclude(run: report.Run, title: str, shown: dict[str, str], summary: dict[s
       shown: what a person wants to see, in words.
       summary: what `summary.json` shall hold, from `over_seeds`.
     """
-    shown = shown | {
+    evenness = {
+        f"{what} of clients" if what != "variance" else "variance over clients": f"{summary[name]:.1f}{unit}"
+        for what, unit in (("mean", " %"), ("worst 10 %", " %"), ("best 10 %", " %"), ("variance", ""))
+        if (name := f"clients_{what.replace(' 10 %', '_tenth')}") in summary
+    }
+    shown = shown | evenness
+    shown |= {
         "sent by clients": report.human_bytes(summary["bytes_up"]),
         "sent to clients": report.human_bytes(summary["bytes_down"]),
         "training time": report.human_seconds(summary["seconds"]),

@@ -208,3 +208,16 @@ def test_a_run_without_a_folder_gets_a_new_one_under_runs(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     whole, _ = experiment.over_seeds("test", options(), counted([]))
     assert whole.folder.parent == tmp_path / "runs" and whole.folder.name.startswith("test-")
+
+
+def test_an_experiment_tells_how_evenly_its_model_serves_the_clients(tmp_path, capsys):
+    opened = report.open_run(tmp_path / "run", {}, resume=False)
+    accuracies = np.append(np.linspace(0.5, 0.9, 20), np.nan)
+    found = experiment.fairness(opened, accuracies, judged_on="the client's test images")
+    assert (opened.folder / "clients.png").exists()
+    assert found["clients_mean"] == pytest.approx(70.0)
+    assert found["clients_worst_tenth"] == pytest.approx(100 * (0.5 + 0.9 - 0.4 * 18 / 19) / 2)
+    experiment.conclude(opened, "A model", {}, found | {"bytes_up": 0, "bytes_down": 0, "seconds": 0.0})
+    shown = capsys.readouterr().out
+    assert all(line in shown for line in ("mean of clients", "70.0 %", "worst 10 % of clients", "51.1 %"))
+    assert "best 10 % of clients" in shown and f"{np.nanvar(100 * accuracies):.1f}" in shown
