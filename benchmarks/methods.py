@@ -27,15 +27,17 @@ def seconds(key: jax.Array, cohort) -> jax.Array:
     return cohort.steps * jax.random.exponential(key, cohort.ids.shape)
 
 
-def methods(work, learning_rate: float, client_map) -> dict:
+def methods(model, work, learning_rate: float, client_map, public) -> dict:
     """Name -> algorithm, all on the same work."""
     own = {"num_clients": N, "client_map": client_map}
     plain = {"client_map": client_map}
-    a = algorithms
+    a, kind = algorithms, algorithms.Kind(model.apply, work)
+    taught = {"kind_of": [0] * N, "public": public, "public_size": EACH} | plain
     head = {"is_local": lambda path: path.startswith("dense_2"), **own}
     return {
         "fedavg": a.fedavg(work, **plain),
         "fedprox": a.fedprox(work, mu=0.1, **plain),
+        "fedavgm": a.fedavgm(work, **plain),
         "fedadam": a.fedadam(work, learning_rate=0.01, **plain),
         "fednova": a.fednova(work, **plain),
         "qfedavg": a.qfedavg(work, q=1.0, learning_rate=learning_rate, **plain),
@@ -45,6 +47,7 @@ def methods(work, learning_rate: float, client_map) -> dict:
         "mimelite": a.mimelite(work, **plain),
         "mime": a.mime(work, **plain),
         "fedper": a.fedper(work, **head),
+        "lg_fedavg": a.lg_fedavg(work, **head | {"is_local": lambda path: not path.startswith("dense_2")}),
         "ditto": a.ditto(work, strength=0.1, **own),
         "apfl": a.apfl(work, alpha=0.5, **own),
         "pfedme (K = 5)": a.pfedme(work, strength=15.0, personal_learning_rate=0.1, **own),
@@ -54,6 +57,9 @@ def methods(work, learning_rate: float, client_map) -> dict:
         "local_only": a.local_only(work, **own),
         "ifca (3 clusters)": a.ifca(work, clusters=3, **own),
         "fedbuff (all return)": a.fedbuff(work, concurrency=COHORT, buffer=COHORT, duration=seconds, **plain),
+        "fedasync (one returns)": a.fedasync(work, concurrency=COHORT, mixing=0.6, duration=seconds, **plain),
+        "fedmd": a.fedmd([kind], digest=optax.sgd(learning_rate), digest_batch=10, **taught),
+        "feddf": a.feddf([kind], distill=optax.sgd(learning_rate), distill_batch=10, **taught),
     }
 
 
@@ -75,7 +81,8 @@ def main() -> None:
     work = local.sgd(models.cross_entropy(model), optax.sgd(learning_rate), batch_size=10)
     sampler = sampling.uniform(COHORT, steps=work.steps)
     client_map = clients.sharded(devices, clients.lanes(1))
-    table = methods(work, learning_rate, client_map)
+    public = rng.random((EACH, 28, 28, 1), np.float32)
+    table = methods(model, work, learning_rate, client_map, public)
     if chosen.only:
         table = {name: algorithm for name, algorithm in table.items() if name in ("fedavg", *chosen.only)}
     params = model.init(jax.random.key(0))
@@ -90,6 +97,8 @@ def main() -> None:
             start = params
             if name.startswith("ifca"):
                 start = jax.tree.map(lambda *x: jnp.stack(x), *(model.init(jax.random.key(i)) for i in range(3)))
+            if name in ("fedmd", "feddf"):  # one kind of model
+                start = (params,)
             states[name] = mesh.replicate(algorithm.init(start), devices)
             programs[name] = jax.jit(one_round, donate_argnums=0)
             states[name], metrics[name] = jax.block_until_ready(programs[name](states[name], jax.random.key(1), 0))

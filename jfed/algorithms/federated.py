@@ -69,8 +69,8 @@ def federated(
     Args:
       work: keeps the pseudo-gradient and adds `{"loss", "examples"}`; see `jfed.local`.
       server: sees the aggregated pseudo-gradient; by default `optax.sgd(1.0)`.
-      uplink: sees each client's pseudo-gradient once a round; its state is per client and persists.
-        By default the pseudo-gradient is sent as it is.
+      uplink: sees each client's pseudo-gradient once a round, and as its params the global model, or what `message`
+        makes of it; its state is per client and persists. By default the pseudo-gradient is sent as it is.
       aggregator: maps stacked messages [C, ...] to their aggregate, see `jfed.aggregate`. By default the
         weighted mean, formed as clients finish, without a stack.
       client_map: how clients run; by default `lanes(16)`.
@@ -135,7 +135,8 @@ def federated(
         update, trained = work.finish(shared, seen(client), carry)
         update, remembered = (update, client.state["memory"]) if memory is None else update
         key = jax.random.fold_in(jax.random.fold_in(shared.key, _streams.UPLINK), client.ids)
-        sent, state = uplink.update(update, client.state["uplink"], shared.params, key=key, round=shared.round)
+        like = message(shared.params)
+        sent, state = uplink.update(update, client.state["uplink"], like, key=key, round=shared.round)
         return update, sent, {"uplink": state, "memory": remembered}, trained
 
     def finish_fn(shared: Shared, client: Cohort, carry: Tree) -> tuple[Tree, Tree]:

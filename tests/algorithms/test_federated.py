@@ -321,3 +321,14 @@ def test_an_uplink_with_state_needs_the_number_of_clients():
 def test_what_a_method_decides_itself_is_refused(method, options):
     with pytest.raises(ValueError, match=rf"{method}\({list(options)[-1]}=...\): .* leave it out"):
         getattr(algorithms, method)(WORK, **options)
+
+
+def test_an_uplink_that_looks_at_params_finds_them_in_the_shape_of_the_message():
+    cohort, decays = cohort_of([3, 5, 7], WORK), optax.add_decayed_weights(0.5)
+    with_it, without = (
+        algorithms.scaffold(WORK, num_clients=12, uplink=decays),
+        algorithms.scaffold(WORK, num_clients=12),
+    )
+    state, _ = jax.jit(with_it.round)(with_it.init(PARAMS), cohort, KEY)
+    plain, _ = jax.jit(without.round)(without.init(PARAMS), cohort, KEY)
+    problem.close(state.params, jax.tree.map(lambda w, w_0: w - 0.5 * w_0, plain.params, PARAMS))
