@@ -66,8 +66,8 @@ class Config(experiment.Options):
     updates: int = 10_000  # client updates received by the server, the same for all
     epochs: int = 2
     batch_size: int = 10
-    learning_rates: tuple[float, ...] = (0.02, 0.05, 0.1)  # of the clients; each method has its best
-    sigma: float = 1.5  # of the logarithm of a client's speed
+    learning_rates: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)  # of the clients; each method has its best
+    sigma: float = 1.5  # of the logarithm of a client's seconds a step
     target: float = 0.8
     points: int = 50  # of each curve
 
@@ -92,15 +92,15 @@ def main(config: Config) -> None:
     population = data.by_owner(train, owner, num_classes=10)
     model = models.from_nnx(lambda rngs: MLP(784, 50, 10, rngs=rngs))
     loss, metrics = models.cross_entropy(model), models.metrics(model)
-    speed = jnp.exp(config.sigma * jax.random.normal(jax.random.key(1), (config.num_clients,)))  # seconds a step
+    pace = jnp.exp(config.sigma * jax.random.normal(jax.random.key(1), (config.num_clients,)))  # seconds a step
 
     def work(learning_rate):
         return local.sgd(loss, optax.sgd(learning_rate), batch_size=config.batch_size, epochs=config.epochs)
 
     def duration(key: jax.Array, cohort: core.Cohort) -> jax.Array:
-        """Half-normal around the client's own speed, for all its local steps."""
+        """Half-normal, by the client's own pace and its local steps."""
         chance = availability.per_client(jax.random.normal)(key, cohort)
-        return cohort.steps * speed[jnp.minimum(cohort.ids, config.num_clients - 1)] * jnp.abs(chance)
+        return cohort.steps * pace[jnp.minimum(cohort.ids, config.num_clients - 1)] * jnp.abs(chance)
 
     many, few = config.concurrency, config.buffer
     serial = {"client_map": clients.lanes(1)}
@@ -112,7 +112,12 @@ def main(config: Config) -> None:
     }
     each = {"FedAvg": many, "FedBuff": few, "FedAsync": 1}  # updates a step of the server
     # What is drawn are clients for the places that fall free: twice the updates, so that all are soon taken.
-    drawn = {"FedAvg": many, "FedBuff": 2 * few, "FedAsync": 2}
+    steps = work(0.1).steps
+    samplers = {
+        "FedAvg": sampling.uniform(many, steps=steps),
+        "FedBuff": sampling.equally_weighted(sampling.uniform(2 * few, steps=steps)),
+        "FedAsync": sampling.uniform(2, steps=steps),
+    }
 
     def cell(name: str) -> dict[str, Any]:
         rounds = config.updates // each[name]
@@ -126,7 +131,7 @@ def main(config: Config) -> None:
             lambda learning_rate: clocked(make[name](learning_rate)),
             {"learning_rate": config.learning_rates},
             init=model.init,
-            sampler=sampling.uniform(drawn[name], steps=work(0.1).steps),
+            sampler=samplers[name],
             population=population,
             judge=judge,
             rounds=rounds - rounds % every,
@@ -135,22 +140,13 @@ def main(config: Config) -> None:
             mesh=mesh.make((min(jax.device_count(), len(config.learning_rates)),)),
             progress=False,
         )
-        accuracy, seconds = found.curves["accuracy"], found.curves["seconds"]  # [rates, seeds, points]
-        # By the clock, not by rounds. A seed that does not get there counts as all the time it had.
-        reached = [
-            [report.reached(s, a, config.target) for s, a in zip(*of_rate, strict=True)]
-            for of_rate in zip(seconds, accuracy, strict=True)
-        ]
-        counted = [
-            np.mean([end if r is None else r for r, end in zip(*of_rate, strict=True)])
-            for of_rate in zip(reached, seconds[:, :, -1], strict=True)
-        ]
-        best = min(range(len(counted)), key=lambda i: (counted[i], -accuracy[i, :, -1].mean()))
+        best = run.quickest_setting(found, "accuracy", config.target, at="seconds")
         return {
-            "learning_rate": config.learning_rates[best],
-            "reached": reached[best],
-            "accuracy": accuracy[best],
-            "seconds": seconds[best],
+            "setting": best.setting,
+            "at_an_end": run.at_an_end(found, best.setting),
+            "reached": best.reached,
+            "accuracy": found.curves["accuracy"][best.index],
+            "seconds": found.curves["seconds"][best.index],
         }
 
     cells = {name: lambda name=name: cell(name) for name in config.methods}
@@ -163,14 +159,14 @@ def main(config: Config) -> None:
         rows.append(
             {
                 "method": name,
-                "rate": f"{result['learning_rate']:g}",
+                "rate": f"{result['setting']['learning_rate']:g}{', an end' if result['at_an_end'] else ''}",
                 f"hours to {100 * config.target:.0f} %": report.mean_and_std(reached, 2),
                 "final accuracy, %": report.mean_and_std(100 * accuracy[:, -1]),
                 "hours in all": report.mean_and_std(hours[:, -1], 2),
             }
         )
         everybody = bool(np.all(np.isfinite(reached)))
-        summary |= {f"{name}_hours": float(np.mean(reached)) if everybody else None}
+        summary |= report.spread(f"{name}_hours", reached) if everybody else {f"{name}_hours": None}
         summary |= report.spread(f"{name}_accuracy", accuracy[:, -1])
         pictured[name] = hours.mean(0), 100 * accuracy.mean(0)
     plot.plot_curves(

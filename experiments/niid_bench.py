@@ -48,7 +48,7 @@ class Config(experiment.Options):
     splits: tuple[Literal["iid", "dirichlet", "three", "two", "one"], ...] = tuple(SPLITS)
     methods: tuple[Literal["FedAvg", "FedProx", "SCAFFOLD", "FedNova"], ...] = METHODS
     learning_rates: tuple[float, ...] = (0.003, 0.01)
-    mus: tuple[float, ...] = (0.01, 1.0)  # of FedProx
+    mus: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)  # of FedProx
     model: Literal["mlp", "2nn", "cnn"] = "mlp"
     full: bool = False  # all of Fashion-MNIST
     download: bool = False  # fetch it if it is not found

@@ -49,15 +49,15 @@ class Config(experiment.Options):
 
     seeds: int = 3
     similarities: tuple[float, ...] = (0.0, 0.1, 1.0)  # share of the digits dealt at random; the rest by label
-    rounds: tuple[int, ...] = (300, 200, 60)  # at most, for each similarity
+    rounds: tuple[int, ...] = (300, 300, 60)  # at most, for each similarity
     epochs: tuple[int, ...] = (1, 5, 10, 20)  # over a client's digits, a round
     num_clients: int = 100
     cohort: int = 20  # clients a round
     examples: int = 100  # of each client
     batches: int = 5  # an epoch, so that a batch is a fifth of a client's digits
     side: int = 14  # pixels a side that an image is averaged to; 28 leaves it as it is
-    learning_rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)  # tried in every cell
-    sgd_learning_rates: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
+    learning_rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # tried in every cell
+    sgd_learning_rates: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0)
     mu: float = 1.0  # of FedProx, fixed as in the paper
     target: float = 0.9
     every: int = 2  # rounds between evaluations
@@ -153,20 +153,15 @@ def tuned(config, population, test, method, epochs, rounds) -> dict:
         progress=False,
     )
     curves = result.curves["accuracy"]  # [rates, seeds, points]
-    reached = [[report.reached(result.rounds, curve, config.target) for curve in of_rate] for of_rate in curves]
-    # A seed that did not get there counts as all rounds; if none did at any rate, the most accurate is best.
-    counted = [np.mean([rounds if r is None else r for r in of_rate]) for of_rate in reached]
-    final = curves[:, :, -1].mean(1)
-    best = min(range(len(rates)), key=lambda i: (counted[i], -final[i]))
+    best = run.quickest_setting(result, "accuracy", config.target)
     return {
-        "learning_rate": rates[best],
-        "reached": reached[best],
-        "counted": counted[best],
+        "learning_rate": best.setting["learning_rate"],
+        "at_an_end": bool(run.at_an_end(result, best.setting)),
+        "reached": best.reached,
         "rounds": rounds,
-        "accuracy": final[best],
-        "curve": curves[best].mean(0),
-        "counted_by_rate": counted,
-        "accuracy_by_rate": final,
+        "accuracy": curves[best.index, :, -1].mean(),
+        "curve": curves[best.index].mean(0),
+        "accuracy_by_rate": curves[:, :, -1].mean(1),
         "seconds": round(time.monotonic() - began, 3),
     }
 
@@ -178,13 +173,13 @@ def draw(config, whole, found) -> None:
     plot.plot_curves(
         whole.folder / "rounds.png",
         {
-            name: (config.epochs, [found[cell(method, epochs, least)]["counted"] for epochs in config.epochs])
+            name: (config.epochs, [mean_rounds(found[cell(method, epochs, least)]) for epochs in config.epochs])
             for method, name in METHODS.items()
         },
         xlabel="local epochs a round",
         ylabel=f"rounds to {100 * config.target:.0f} % test accuracy",
         title=title,
-        reference={"SGD": found[cell("sgd", 1, least)]["counted"]},
+        reference={"SGD": sgd} if np.isfinite(sgd := mean_rounds(found[cell("sgd", 1, least)])) else {},
     )
     curves = {}
     for method, name in [*METHODS.items(), ("sgd", "SGD")]:
@@ -206,23 +201,27 @@ def summarise(config, found) -> dict:
     summary = {"seeds": config.seeds, "target": config.target}
     for name, of_cell in found.items():
         everybody = None not in of_cell["reached"]
-        summary[f"{name}_rounds"] = of_cell["counted"] if everybody else None
-        if config.seeds > 1:
-            summary[f"{name}_rounds_std"] = float(np.std(of_cell["reached"], ddof=1)) if everybody else None
+        summary |= report.spread(f"{name}_rounds", of_cell["reached"]) if everybody else {f"{name}_rounds": None}
         summary[f"{name}_accuracy"] = of_cell["accuracy"]
 
     def least_similar(method):
         return [found[cell(method, epochs, min(config.similarities))] for epochs in sorted(config.epochs)]
 
-    scaffold, fedavg = least_similar("scaffold"), least_similar("fedavg")
-    in_turn = [of_cell["counted"] for of_cell in fedavg]
+    scaffold, fedavg = ([mean_rounds(c) for c in least_similar(method)] for method in ("scaffold", "fedavg"))
+    told = np.all(np.isfinite(fedavg)) and len(fedavg) > 1
     return summary | {
-        "scaffold_needs_fewer": all(s["counted"] < f["counted"] for s, f in zip(scaffold, fedavg, strict=True)),
-        "fedavg_needs_more_with_epochs": in_turn == sorted(in_turn),
-        "accuracy": scaffold[-1]["accuracy"],
+        # What never got there took more than what did.
+        "scaffold_needs_fewer": all(s < (f if f == f else np.inf) for s, f in zip(scaffold, fedavg, strict=True)),
+        "fedavg_needs_more_with_epochs": bool(fedavg == sorted(fedavg)) if told else None,
+        "accuracy": least_similar("scaffold")[-1]["accuracy"],
         "rounds": max(config.rounds),
         "seconds": sum(of_cell["seconds"] for of_cell in found.values()),
     }
+
+
+def mean_rounds(of_cell) -> float:
+    """Over seeds; NaN if one of them did not reach the target."""
+    return float(np.mean([np.nan if r is None else r for r in of_cell["reached"]]))
 
 
 def rows_of(config) -> list[tuple[str, int]]:
@@ -236,12 +235,10 @@ def cell(method, epochs, similarity) -> str:
 
 
 def written(of_cell) -> str:
-    """Rounds as in the paper, with a plus where not every seed reached the target, and the learning rate."""
-    reached, rate = of_cell["reached"], f"at {of_cell['learning_rate']:g}"
-    if None in reached:
-        return f"{of_cell['counted']:.0f}+ {rate}"
-    spread = f" ± {np.std(reached, ddof=1):.0f}" if len(reached) > 1 else ""
-    return f"{np.mean(reached):.0f}{spread} {rate}"
+    """Rounds, or how many there were and more where not every seed reached the target, and the learning rate."""
+    reached, rate = of_cell["reached"], of_cell["learning_rate"]
+    rounds = f"{of_cell['rounds']}+" if None in reached else report.mean_and_std(reached, 0)
+    return f"{rounds} at {rate:g}{', an end' if of_cell['at_an_end'] else ''}"
 
 
 def averaged(images, side) -> np.ndarray:

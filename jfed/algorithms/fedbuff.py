@@ -46,6 +46,8 @@ def fedbuff(
 ) -> Algorithm:
     """The server steps along the mean of every K changes returned, each scaled by its staleness.
 
+    The mean is by the cohort's weights; the paper weighs clients alike: `sampling.equally_weighted`.
+
     With `concurrency = buffer` = the cohort's size and equal durations it is FedAvg. As long as a round's
     cohort cannot fill the places, its clients set out and nobody is awaited: so begins a run. Later, a
     cohort of 2 K fills every place as it falls free; clients for whom none does do not set out, and with
@@ -94,22 +96,23 @@ def asynchronous(
         raise ValueError(f"{where}(buffer={buffer}): no more than concurrency={concurrency} can return; lower it.")
 
     def init_aggregator(like):
-        # Within a round it also holds `returns`, and `place` [C], that of each client of the cohort; M for none.
+        # Of each place, what is kept of the client in it. Within a round it also holds the `returns` and, of each
+        # client of the cohort, what is `new`.
         return {"messages": tree.zeros(like, (concurrency,)), "weights": jnp.zeros(concurrency)}
 
     def aggregate(stack, state, params=None, *, weights, **extra_args):
-        """The mean of the messages that are due; those of the clients that set out take their places."""
+        """The mean of the messages that are due, some of them of clients that set out only now."""
         del extra_args
-        new = jax.vmap(kept, (None, 0))(params, stack), weights
-        held = state["messages"], state["weights"]
+        new = {"messages": jax.vmap(kept, (None, 0))(params, stack), "weights": weights}
+        held = {name: state[name] for name in new}
         returns = state["returns"]
         of_this_round = tree.take(new, jnp.maximum(returns.row, 0))
-        messages, weight = tree.select(returns.row >= 0, of_this_round, tree.take(held, returns.place))
-        share = weight * staleness(returns.staleness) / jnp.maximum(jnp.sum(weight), jnp.finfo(jnp.float32).tiny)
-        changes = jax.vmap(recalled, (None, 0))(params, messages)
+        due = tree.select(returns.row >= 0, of_this_round, tree.take(held, returns.place))
+        total = jnp.maximum(jnp.sum(due["weights"]), jnp.finfo(jnp.float32).tiny)
+        share = due["weights"] * staleness(returns.staleness) / total
+        changes = jax.vmap(recalled, (None, 0))(params, due["messages"])
         mean = jax.tree.map(lambda m: jnp.tensordot(share.astype(m.dtype), m, 1), changes)
-        messages, weights = tree.put(held, state["place"], new)
-        return mean, state | {"messages": messages, "weights": weights}  # the rest goes with the round
+        return mean, state | {"new": new}
 
     inner = specialised(
         where,
@@ -127,16 +130,19 @@ def asynchronous(
         now = _events.events(state.places, cohort, key, duration, buffer=buffer, turn=state.turn, steps=state.steps)
         steps, size = (jnp.where(now.out, x, 0) for x in (cohort.steps, cohort.size))
         setting_out = cohort._replace(steps=steps, size=size, weight=jnp.where(now.out, cohort.weight, 0.0))
-        aggregator = state.model.aggregator | {"returns": now.returns, "place": now.place}
-        model, metrics = inner.round(state.model._replace(aggregator=aggregator), setting_out, key)
+        held = state.model.aggregator
+        new = jax.tree.map(lambda x: jnp.zeros((cohort.ids.shape[0], *x.shape[1:]), x.dtype), held)
+        before = state.model._replace(aggregator=held | {"returns": now.returns, "new": new})
+        model, metrics = inner.round(before, setting_out, key)
+        happened = metrics["reports"] > 0
+        # Put here and not by the aggregator, whose state is copied whole in case nobody reports.
+        held = tree.put(held, jnp.where(happened, now.place, concurrency), model.aggregator["new"])
         # While places are still being filled the server does not step.
         params, server_state = tree.select(
             now.awaited, (model.params, model.server), (state.model.params, state.model.server)
         )
-        held = {name: model.aggregator[name] for name in ("messages", "weights")}
         model = model._replace(params=params, server=server_state, aggregator=held)
         after = AsynchronousState(model, now.places, state.turn + now.gone, state.steps + now.awaited)
-        happened = metrics["reports"] > 0
         after = tree.select(happened, after, state._replace(model=model))
         return after, metrics | {
             "seconds": jnp.where(happened, now.elapsed, 0.0),

@@ -14,7 +14,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def sweep(
       progress: whether to show a bar; of many processes only the first does.
 
     Returns:
-      A `Sweep`; see `sweep_table` and `best_setting`.
+      A `Sweep`; see `sweep_table`, `best_setting` and `quickest_setting`.
 
     Raises:
       ValueError: if `grid` is empty or holds something that is not a finite number; if `rounds`, `every`,
@@ -116,8 +116,6 @@ def sweep(
     >>> print(result.curves["w"][:, 0])
     [[1.  1.5]
      [2.  2. ]]
-    >>> best_setting(result, "w")
-    {'learning_rate': 1.0}
     """
     for name, value in (("rounds", rounds), ("seeds", seeds), ("seeds_at_once", seeds_at_once)):
         _validate.at_least_one("sweep", name, value, "1 is the least there is to run")
@@ -178,70 +176,6 @@ def sweep(
             advance(min(size, len(settings) - start))
     curves, params = jax.tree.map(lambda *chunks: np.concatenate(chunks)[: len(settings)], *found)
     return Sweep(settings, np.arange(every, rounds + 1, every), curves, params, len(starts))
-
-
-def best_setting(result: Sweep, metric: str, *, order: Callable = max) -> dict[str, float]:
-    """The setting whose mean over seeds of the final `metric` is best; one that is not finite never is.
-
-    Args:
-      result: from `sweep`.
-      metric: one that was judged.
-      order: `max` if more is better, `min` if less is.
-
-    Raises:
-      ValueError: if there is no such metric, if `order` is neither, or if no setting ended finite.
-    """
-    best = _best("best_setting", result, metric, order)
-    if best is None:
-        raise ValueError(f"best_setting({metric!r}): no setting ended finite; sweep lower learning rates.")
-    return result.settings[best]
-
-
-def sweep_table(result: Sweep, metric: str, *, order: Callable = max, title: str = "Sweep") -> str:
-    """A table, one row a setting: mean over seeds of every final metric and, of several seeds, its deviation.
-
-    The deviation is the sample standard deviation, under `<name>_std`. The setting that is best by
-    `metric` is marked with a star.
-
-    Args:
-      result: from `sweep`.
-      metric: the one that decides.
-      order: `max` if more of it is better, `min` if less is.
-      title: of the table.
-
-    Raises:
-      ValueError: if there is no such metric, or `order` is neither.
-
-    >>> curves = {"accuracy": np.array([[[0.5], [0.7]], [[0.8], [0.9]]])}
-    >>> result = Sweep([{"mu": 0.0}, {"mu": 0.1}], np.array([10]), curves, (), 1)
-    >>> print(sweep_table(result, "accuracy"))
-    Sweep
-       mu   accuracy   accuracy_std   best
-     ──────────────────────────────────────
-        0        0.6         0.1414
-      0.1       0.85        0.07071   *
-    """
-    best = _best("sweep_table", result, metric, order)
-    rows = []
-    for i, setting in enumerate(result.settings):
-        row: dict[str, Any] = dict(setting)
-        for name, curve in result.curves.items():
-            final = curve[i, :, -1]
-            row[name] = float(np.mean(final))
-            if len(final) > 1:
-                row[f"{name}_std"] = float(np.std(final, ddof=1))
-        rows.append(row | {"best": "*" if i == best else ""})
-    return report.table(title, rows)
-
-
-def _best(where: str, result: Sweep, metric: str, order: Callable) -> int | None:
-    if metric not in result.curves:
-        raise ValueError(f"{where}(metric={metric!r}): judged were {sorted(result.curves)}; name one of them.")
-    if order not in (max, min):
-        raise ValueError(f"{where}(order={order!r}): order must be max or min; max if more of it is better.")
-    means = result.curves[metric][:, :, -1].mean(1)
-    sound = [i for i, mean in enumerate(means) if np.isfinite(mean)]
-    return order(sound, key=lambda i: means[i]) if sound else None
 
 
 def _product(grid: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:

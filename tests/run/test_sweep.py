@@ -146,30 +146,6 @@ def test_a_run_that_diverges_harms_no_other_and_is_never_best():
     problem.close(result.curves["norm"][1], swept().curves["norm"][1])
 
 
-def made_up(accuracy):
-    settings = [{"learning_rate": 0.1 * i} for i in range(len(accuracy))]
-    return run.Sweep(settings, np.array([4]), {"accuracy": np.asarray(accuracy)[:, :, None]}, (), 1)
-
-
-def test_the_table_has_the_mean_and_sample_deviation_of_each_setting():
-    values = [[0.1, 0.3], [0.7, 0.8], [0.2, 0.2]]
-    lines = run.sweep_table(made_up(values), "accuracy").splitlines()[3:]
-    for line, row, setting in zip(lines, values, ("0", "0.1", "0.2"), strict=True):
-        mean = sum(row) / 2
-        deviation = math.sqrt(sum((v - mean) ** 2 for v in row))  # divided by n - 1 = 1
-        assert line.split()[:3] == [setting, f"{mean:.4g}", f"{deviation:.4g}"]
-    assert [line.endswith("*") for line in lines] == [False, True, False]
-
-
-def test_the_star_follows_the_order_asked_for():
-    table = run.sweep_table(made_up([[0.3, 0.1], [0.7, 0.8], [0.1, 0.2]]), "accuracy", order=min)
-    assert [line.endswith("*") for line in table.splitlines()[3:]] == [False, False, True]
-
-
-def test_one_seed_has_no_deviation():
-    assert "std" not in run.sweep_table(made_up([[0.1], [0.2]]), "accuracy")
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -190,9 +166,6 @@ def test_one_seed_has_no_deviation():
         (lambda: swept(memory=-1), r"sweep\(memory=-1\)"),
         (lambda: swept(memory=1), r"sweep\(memory=1\): one setting alone needs .*; raise memory, or use"),
         (lambda: swept(judge=lambda w: {"w": w}), r"sweep\(judge\): metric 'w' has shape \(1000,\)"),
-        (lambda: run.sweep_table(made_up([[0.1]]), "loss"), r"metric='loss'\): judged were \['accuracy'\]; name"),
-        (lambda: run.best_setting(made_up([[0.1]]), "accuracy", order=sum), r"order must be max or min"),
-        (lambda: run.best_setting(made_up([[math.nan]]), "accuracy"), r"no setting ended finite; sweep lower"),
     ],
 )
 def test_bad_input_is_an_error_of_one_line(call, message):
