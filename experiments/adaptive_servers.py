@@ -1,8 +1,45 @@
-"""FedAvg, FedAvgM, FedAdagrad, FedAdam and FedYogi, their client and server rates tuned on one grid each.
+"""FedAvg, FedAvgM, FedAdagrad, FedAdam and FedYogi, their client and server rates tuned on a grid.
 
-Claim: with clients unlike each other, an adaptive server reaches a given accuracy in fewer rounds than FedAvg.
+Claim: with clients unlike each other, an adaptive server reaches a given accuracy in fewer rounds than FedAvg, and is
+less particular about its rates.
 
-MEASURED
+| Fashion-MNIST subset, labels by Dirichlet(.1) | accuracy     | rounds to 80 % | fewest | rates within 3 points |
+|-----------------------------------------------|--------------|----------------|--------|-----------------------|
+| FedAvg                                        | 79.1 ± 0.9 % |            124 |     85 |                  36 % |
+| FedAvgM                                       | 79.8 ± 0.8 % |            166 |     74 |                  44 % |
+| FedAdagrad                                    | 81.5 ± 0.3 % |             58 |     58 |                  37 % |
+| FedAdam                                       | 80.8 ± 0.7 % |             90 |     51 |                  49 % |
+| FedYogi                                       | 81.0 ± 1.1 % |             71 |     49 |                  57 % |
+
+| the same images, dealt at random              | accuracy     | rounds to 82 % | fewest |                       |
+|-----------------------------------------------|--------------|----------------|--------|-----------------------|
+| FedAvg                                        | 83.5 ± 0.2 % |             50 |     44 |                  32 % |
+| FedAvgM                                       | 84.2 ± 0.1 % |             40 |     36 |                  48 % |
+| FedAdagrad                                    | 84.3 ± 0.2 % |             36 |     31 |                  56 % |
+| FedAdam                                       | 84.6 ± 0.4 % |             37 |     28 |                  68 % |
+| FedYogi                                       | 84.5 ± 0.1 % |             33 |     29 |                  72 % |
+
+| Shakespeare, the next character               | accuracy     | rounds to 33 % | fewest |                       |
+|-----------------------------------------------|--------------|----------------|--------|-----------------------|
+| FedAvg                                        | 33.6 ± 0.1 % |              9 |      9 |                  69 % |
+| FedAvgM                                       | 33.6 ± 0.1 % |             25 |     25 |                  88 % |
+| FedAdagrad                                    | 34.1 ± 0.1 % |             10 |      6 |                  75 % |
+| FedAdam                                       | 33.9 ± 0.0 % |             15 |      6 |                 100 % |
+| FedYogi                                       | 33.9 ± 0.1 % |             19 |      6 |                  94 % |
+
+Rounds are those of the setting that ends best, and the fewest of any setting: by the first the claim holds on the
+images and not on text, by the second on all three. Settings are told apart by their accuracy on the test data, which
+flatters all of them, and where labels are skewed the adaptive methods have three tau to choose from, 75 settings
+to FedAvg's 25; with tau .001 alone they end at 81.5, 80.6 and 80.9 %.
+
+Source: Reddi et al. 2021 (arXiv:2003.00295), whose grids of half decades these are, cut to where each method works.
+What differs: its tasks are CIFAR-10 and -100, EMNIST, Shakespeare and Stack Overflow with deep models; here they are
+logistic regression on 10,000 images, and a table of the next character by the last two, for two CPU cores. Final
+accuracy is the mean over the last quarter of a run.
+
+Command: python experiments/adaptive_servers.py
+Expected: the tables above.
+Time: half an hour on two CPU cores, half of it beside other work.
 """
 
 import dataclasses

@@ -177,7 +177,8 @@ def main(config: Config) -> None:
         for measure, values in change.items():
             summary |= report.spread(f"change of {measure}, {way}", values)
             unit = "%" if measure == "variance" else "points"
-            found[f"{MEASURES[measure]}, {way}"] = f"{report.mean_and_std(values)} {unit}  (paper: {PAPER[measure]})"
+            paper = f"  (paper: {PAPER[measure]})" if config.fair == 1.0 else ""
+            found[f"{MEASURES[measure]}, {way}"] = f"{report.mean_and_std(values)} {unit}{paper}"
         if way == ALIKE:
             summary |= report.spread("accuracy", fair["mean"] / 100)
     messages, params = config.rounds * config.cohort, jax.eval_shape(model.init, jax.random.key(0))

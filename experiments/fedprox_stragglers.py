@@ -119,9 +119,7 @@ def main(config: Config) -> None:
     if not config.settings or not config.stragglers:
         raise ValueError("fedprox_stragglers: there is nothing to compare; name a setting and a share of stragglers.")
     cells = {
-        f"{setting}_{round(100 * fraction)}": lambda setting=setting, fraction=fraction: compare(
-            config, setting, fraction
-        )
+        cell(setting, fraction): lambda setting=setting, fraction=fraction: compare(config, setting, fraction)
         for setting in config.settings
         for fraction in config.stragglers
     }
@@ -130,7 +128,7 @@ def main(config: Config) -> None:
     rows, gains = [], {}
     for setting in config.settings:
         for fraction in config.stragglers:
-            name = f"{setting}_{round(100 * fraction)}"
+            name = cell(setting, fraction)
             result = results[name]
             best = best_mu(config, result)
             three = {"FedAvg": result["fedavg"], "mu = 0": result["mu_0.0"], f"mu = {best:g}": result[f"mu_{best}"]}
@@ -166,7 +164,7 @@ def main(config: Config) -> None:
     for setting in config.settings:
         summary |= report.spread(f"gain_{setting}", gains[setting, most]["gain"])
     summary |= {
-        name: float(np.mean([results[f"{setting}_{round(100 * most)}"][name] for setting in config.settings]))
+        name: float(np.mean([results[cell(setting, most)][name] for setting in config.settings]))
         for name in ("rounds", "bytes_up", "bytes_down")
     }
     summary["seconds"] = round(sum(result["seconds"] for result in results.values()), 3)
@@ -232,6 +230,11 @@ def compare(config: Config, setting: str, fraction: float) -> dict:
         "bytes_down": sent,
         "seconds": round(time.monotonic() - began, 3),
     }
+
+
+def cell(setting: str, fraction: float) -> str:
+    """Name of a cell, and of its folder."""
+    return f"{setting}_{100 * fraction:g}"
 
 
 def ends(result: run.Sweep, i: int) -> dict:

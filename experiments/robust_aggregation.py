@@ -2,17 +2,40 @@
 
 Claim: with 5 of 25 workers malicious and data dealt at random, every robust rule withstands every attack.
 With data sorted by label, so that an honest worker sees one or two digits, rules that look for the
-usual fail even where nobody attacks, and bucketing two workers at a time mends most of it.
+usual fail even where nobody attacks, and bucketing two workers at a time mends part of it.
+
+| worst of all attacks | dealt at random | sorted | sorted, in buckets of two |
+|----------------------|-----------------|--------|---------------------------|
+| mean                 |             9.9 |    9.9 |                       9.9 |
+| median               |            89.4 |    0.9 |                       0.6 |
+| trimmed mean         |            89.7 |    1.0 |                       0.5 |
+| Krum                 |            85.3 |    1.2 |                      18.9 |
+| geometric median     |            89.7 |    1.1 |                      51.9 |
+| centred clipping     |            86.4 |   14.5 |                      52.7 |
+
+| nobody attacks       | dealt at random | sorted | sorted, in buckets of two |
+|----------------------|-----------------|--------|---------------------------|
+| mean                 |            90.4 |   90.4 |                      90.4 |
+| median               |            90.3 |   48.5 |                      69.5 |
+| trimmed mean         |            90.3 |   64.4 |                      72.0 |
+| Krum                 |            90.1 |   31.9 |                      63.5 |
+| geometric median     |            90.4 |   86.3 |                      89.8 |
+| centred clipping     |            90.4 |   88.6 |                      90.2 |
+
+Test accuracy in per cent, means of three seeds that deviate by less than 6, most by less than 1. What does most harm
+is flipped signs or flipped labels, and IPM to Krum and the median where data are dealt at random. The sign flip ten
+times as large is not the paper's; without it geometric median and centred clipping in buckets stand at 72.1 and 84.7.
 
 Source: Karimireddy et al. 2022 (arXiv:2006.09365), whose experiments have these 25 workers, splits,
 attacks, rules (but for the trimmed mean and the larger sign flip), 600 rounds, batches of 32, momentum 0.9
 on the workers and learning rate 0.01. Theirs train a CNN. Here it is logistic regression, and so the
-radius of centred clipping is 1, about the norm of its gradients, where they have 10. Where nobody
-attacks, the malicious stay away; else they hold data like everybody's and attack from the first round.
+radius of centred clipping is 1, about the norm of its gradients, where they have 10. Mimic copies the first honest
+worker, where the paper looks for the one that matters most. Where nobody attacks, the malicious stay away; else they
+attack from the first round and hold data dealt at random, in every split.
 
 Command: python experiments/robust_aggregation.py
-Expected:
-Time:
+Expected: the tables above.
+Time: 12 minutes on two CPU cores that did other work too.
 Needs the MNIST files; the error says where they are looked for.
 """
 
@@ -46,7 +69,9 @@ class Config(experiment.Options):
     bucket: int = 2  # workers a bucket
     radius: float = 1.0  # of centred clipping
     every: int = 60  # rounds between evaluations
-    rules: tuple[str, ...] = RULES  # those to run
+    rules: tuple[Literal["mean", "median", "trimmed mean", "Krum", "geometric median", "centred clipping"], ...] = (
+        RULES  # those to run
+    )
     download: bool = False  # fetch MNIST if it is not found
 
     @property
@@ -62,16 +87,14 @@ def rule(name: str, config: Config, bucket: int) -> optax.GradientTransformation
     """The aggregator, made to stand all malicious workers among the means of buckets."""
     f, heard = config.byzantine, -(-config.workers // bucket)
     known = {
-        "mean": aggregate.mean(),
-        "median": aggregate.median(),
-        "trimmed mean": aggregate.trimmed_mean(f / heard),
-        "Krum": aggregate.krum(f),
-        "geometric median": aggregate.geometric_median(iterations=8, smoothing=0.1),
-        "centred clipping": aggregate.centred_clipping(config.radius),
+        "mean": lambda: aggregate.mean(),
+        "median": lambda: aggregate.median(),
+        "trimmed mean": lambda: aggregate.trimmed_mean(f / heard),
+        "Krum": lambda: aggregate.krum(f),
+        "geometric median": lambda: aggregate.geometric_median(iterations=8, smoothing=0.1),
+        "centred clipping": lambda: aggregate.centred_clipping(config.radius),
     }
-    if name not in known:
-        raise ValueError(f"robust_aggregation(rules={name!r}): there is no such rule; choose among {', '.join(RULES)}.")
-    return known[name] if bucket == 1 else aggregate.bucketing(known[name], bucket)
+    return known[name]() if bucket == 1 else aggregate.bucketing(known[name](), bucket)
 
 
 def attack(number: jax.Array, config: Config) -> aggregate.Attack:
@@ -142,14 +165,20 @@ def main(config: Config) -> None:
     populations = {split: deal(train, split, config) for split in ("iid", "sorted")}
     settings = {"iid": ("iid", 1), "sorted": ("sorted", 1), "sorted, buckets": ("sorted", config.bucket)}
 
+    # All of them before anything runs: a rule may not stand so many malicious workers.
+    rules = {
+        (setting, name): rule(name, config, bucket)
+        for setting, (_, bucket) in settings.items()
+        for name in config.rules
+    }
+
     def cell(setting: str, name: str) -> dict[str, Any]:
-        split, bucket = settings[setting]
-        run_all = program(rule(name, config, bucket), config, test)
+        split, _ = settings[setting]
+        run_all = program(rules[setting, name], config, test)
         found = np.stack([run_all(populations[split], jax.random.key(seed)) for seed in range(config.seeds)])
         return {"accuracy": {attack: 100 * found[:, i] for i, attack in enumerate(ATTACKS)}}  # [seed, point]
 
-    names = [(setting, name) for setting in settings for name in config.rules]
-    cells = {f"{setting}, {name}": lambda setting=setting, name=name: cell(setting, name) for setting, name in names}
+    cells = {f"{setting}, {name}": lambda setting=setting, name=name: cell(setting, name) for setting, name in rules}
     whole, results = experiment.over_cells("robust_aggregation", config, cells)
 
     summary: dict[str, Any] = {"rounds": config.rounds, "seeds": config.seeds}

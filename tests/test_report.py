@@ -5,6 +5,7 @@ import enum
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -336,6 +337,29 @@ def test_pictures_leave_the_global_state_of_matplotlib_alone(tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": str(Path(report.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ([0.9, 0.95, 1.0], 10.0),  # above the target from the first point on
+        ([math.nan, 0.5, 0.9], 25.0),
+        ([0.5, math.nan, 0.9], 25.0),  # from the last that was a number
+        ([0.6, 0.4, 0.8], 25.0),  # from the best so far
+        ([0.1, 0.2, math.nan], None),
+        ([], None),
+    ],
+)
+def test_a_target_is_reached_between_the_best_so_far_and_the_first_above(values, place):
+    found = report.reached([10.0, 20.0, 30.0][: len(values)], values, 0.7)
+    assert found == (place if place is None else pytest.approx(place))
+    rows = [{"round": 10 * i + 10, "a": None if v != v else v} for i, v in enumerate(values)]
+    assert report.rounds_to(rows, "a", 0.7) == found
+
+
+def test_a_spread_has_no_deviation_of_one_value():
+    assert report.spread("loss", [2.0]) == {"loss": 2.0}
+    assert math.isnan(report.spread("loss", [2.0, math.nan])["loss"])
 
 
 def test_fairness_of_one_value_for_all_has_no_variance():

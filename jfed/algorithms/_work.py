@@ -1,13 +1,11 @@
 """What several methods do to the work of a client."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jfed.algorithms.federated import federated
 from jfed.core import Algorithm, ClientWork, Cohort, Shared, Tree
 
 
@@ -28,17 +26,6 @@ def remade(where: str, work: ClientWork, *, gradient: Callable = same, optimizer
             "give yours a `remake`."
         )
     return work.remake(lambda g, o: (gradient(g), optimizer(o)))
-
-
-def specialised(where: str, work: ClientWork, options: dict[str, Any], **own: Any) -> Algorithm:
-    """`federated` with what the method itself sets, `own`, and what its caller asks for.
-
-    Raises:
-      ValueError: if the caller asks for what the method sets.
-    """
-    for name in sorted(own.keys() & options.keys()):
-        raise ValueError(f"{where}({name}=...): {where} decides that itself; leave it out.")
-    return federated(work, **own, **options)
 
 
 def optimizer_of(where: str, work: ClientWork) -> optax.GradientTransformationExtraArgs:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate
-from jfed.algorithms.federated import federated
+from jfed.algorithms.federated import specialised
 from jfed.core import Algorithm, ClientWork
 
 
@@ -97,4 +97,4 @@ def _adaptive(
         updates = jax.tree.map(lambda m, v: -learning_rate * m / (jnp.sqrt(v) + tau), m, v)
         return updates, {"m": m, "v": v}
 
-    return federated(work, server=optax.GradientTransformation(init_fn, update_fn), **options)
+    return specialised(name, work, options, server=optax.GradientTransformation(init_fn, update_fn))

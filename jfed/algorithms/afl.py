@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate
-from jfed.algorithms._work import equally_weighted, scaled, specialised, whole_of
-from jfed.algorithms.federated import FederatedState
+from jfed.algorithms._work import equally_weighted, scaled, whole_of
+from jfed.algorithms.federated import FederatedState, specialised
 from jfed.core import Algorithm, ClientWork, Cohort
 
 
@@ -54,6 +54,7 @@ def afl(work: ClientWork, *, learning_rate: float, num_clients: int, **options) 
             "afl",
             work._replace(finish=finish_fn),
             options,
+            parts=("delta",),
             server=optax.GradientTransformationExtraArgs(server.init, update_fn),
             num_clients=num_clients,
             memory=lambda params: jnp.full((), 1.0 / num_clients),

@@ -10,7 +10,7 @@ Letters of the papers: K clients, n_k examples of client k, w global model, Delt
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,8 @@ def federated(
       work: keeps the pseudo-gradient and adds `{"loss", "examples"}`; see `jfed.local`.
       server: sees the aggregated pseudo-gradient; by default `optax.sgd(1.0)`.
       uplink: sees each client's pseudo-gradient once a round, and as its params the global model, or what `message`
-        makes of it; its state is per client and persists. By default the pseudo-gradient is sent as it is.
+        makes of it; its state is per client and persists. By default the pseudo-gradient is sent as it is. Methods
+        that send more than one thing hand it each that is as large as the model, by itself.
       aggregator: maps stacked messages [C, ...] to their aggregate, see `jfed.aggregate`. By default the
         weighted mean, formed as clients finish, without a stack.
       client_map: how clients run; by default `lanes(16)`.
@@ -240,6 +241,40 @@ def count_bytes(nbytes: int) -> np.uint32 | np.float32:
     return np.uint32(nbytes) if nbytes < 2**32 else np.float32(nbytes)
 
 
+def specialised(
+    where: str, work: ClientWork, options: dict[str, Any], *, parts: tuple[str, ...] = (), **own: Any
+) -> Algorithm:
+    """`federated` with what a method itself sets, `own`, and what its caller asks for.
+
+    Of a message that is a dict the caller's uplink sees the entries named in `parts`, each by itself; what else is in
+    it, numbers that the server divides by or counts, arrives as it was sent.
+
+    Raises:
+      ValueError: if the caller asks for what the method sets.
+    """
+    for name in sorted(own.keys() & options.keys()):
+        raise ValueError(f"{where}({name}=...): {where} decides that itself; leave it out.")
+    if parts and options.get("uplink") is not None:
+        options = options | {"uplink": _by_part(optax.with_extra_args_support(options["uplink"]), parts)}
+    return federated(work, **own, **options)
+
+
+def _by_part(
+    uplink: optax.GradientTransformationExtraArgs, parts: tuple[str, ...]
+) -> optax.GradientTransformationExtraArgs:
+    def update_fn(message, state, params=None, *, key, **extra_args):
+        coded = {
+            name: uplink.update(message[name], state[name], params[name], key=jax.random.fold_in(key, i), **extra_args)
+            for i, name in enumerate(parts)
+        }
+        sent = {name: pair[0] for name, pair in coded.items()}
+        return message | sent, {name: pair[1] for name, pair in coded.items()}
+
+    return optax.GradientTransformationExtraArgs(
+        lambda message: {name: uplink.init(message[name]) for name in parts}, update_fn
+    )
+
+
 def fedavg(work: ClientWork, **options) -> Algorithm:
     """FedAvg: the new model is the mean of the clients' models, weighted by n_k (McMahan et al. 2017).
 
@@ -247,7 +282,7 @@ def fedavg(work: ClientWork, **options) -> Algorithm:
       work: usually `local.sgd(...)`.
       **options: `uplink`, `aggregator`, `client_map` and `num_clients` of `federated`.
     """
-    return federated(work, server=optax.sgd(1.0), **options)
+    return specialised("fedavg", work, options, server=optax.sgd(1.0))
 
 
 def fedsgd(work: ClientWork, *, learning_rate: float, **options) -> Algorithm:
@@ -262,7 +297,7 @@ def fedsgd(work: ClientWork, *, learning_rate: float, **options) -> Algorithm:
       ValueError: if `learning_rate` is not above 0.
     """
     _validate.positive("fedsgd", "learning_rate", learning_rate, "a good start is 0.1")
-    return federated(work, server=optax.sgd(learning_rate), **options)
+    return specialised("fedsgd", work, options, server=optax.sgd(learning_rate))
 
 
 def fedavgm(work: ClientWork, *, learning_rate: float = 1.0, momentum: float = 0.9, **options) -> Algorithm:
@@ -279,4 +314,4 @@ def fedavgm(work: ClientWork, *, learning_rate: float = 1.0, momentum: float = 0
     """
     _validate.positive("fedavgm", "learning_rate", learning_rate, "1.0 is FedAvg's")
     _validate.within("fedavgm", "momentum", momentum, 0.0, 1.0, "0.9 is usual")
-    return federated(work, server=optax.sgd(learning_rate, momentum=momentum), **options)
+    return specialised("fedavgm", work, options, server=optax.sgd(learning_rate, momentum=momentum))

@@ -16,7 +16,8 @@ import optax
 
 from jfed import _streams, tree
 from jfed.algorithms._kinds import ByKind, Kind, check, init_of, only, public_rows, together, train
-from jfed.algorithms._work import same, specialised
+from jfed.algorithms._work import same
+from jfed.algorithms.federated import specialised
 from jfed.clients import lanes
 from jfed.core import Algorithm, ClientWork, Cohort, Shared, Tree
 
@@ -37,6 +38,7 @@ def fedmd(
     A round: S public examples are drawn; each client's scores on them are averaged; each client trains its
     model towards the mean by its distance in the first norm, smoothed near 0 (digest), then on its own
     examples (revisit).
+    The mean is by weight, where the paper's is plain: `sampling.equally_weighted`.
     The paper trains every client to convergence beforehand: start from such models, or let a few rounds
     of `local_only` pass.
 

@@ -11,7 +11,8 @@ tau_eff, p_i weights.
 import jax.numpy as jnp
 import optax
 
-from jfed.algorithms._work import measured, scaled, specialised
+from jfed.algorithms._work import measured, scaled
+from jfed.algorithms.federated import specialised
 from jfed.core import Algorithm, ClientWork
 
 
@@ -46,6 +47,7 @@ def fednova(work: ClientWork, *, server: optax.GradientTransformation | None = N
         "fednova",
         inner._replace(finish=finish_fn),
         options,
+        parts=("direction",),
         server=optax.GradientTransformationExtraArgs(server.init, update_fn),
         message=lambda params: {"direction": params, "length": jnp.zeros(()), "moved": jnp.zeros(())},
     )

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate, tree
-from jfed.algorithms._work import scaled, specialised, whole_of
+from jfed.algorithms._work import scaled, whole_of
+from jfed.algorithms.federated import specialised
 from jfed.core import Algorithm, ClientWork
 
 
@@ -77,6 +78,7 @@ def ifca(work: ClientWork, *, clusters: int, num_clients: int, **options) -> Alg
         "ifca",
         ClientWork(work.steps, start_fn, step_fn, finish_fn),
         options,
+        parts=("model",),
         aggregator=None,
         server=optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn),
         num_clients=num_clients,

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from jfed import tree
-from jfed.algorithms._work import optimizer_of, remade, scaled, specialised, whole_of
-from jfed.algorithms.federated import FederatedState, count_bytes
+from jfed.algorithms._work import optimizer_of, remade, scaled, whole_of
+from jfed.algorithms.federated import FederatedState, count_bytes, specialised
 from jfed.clients import lanes
 from jfed.core import Algorithm, ClientWork, Cohort, Shared
 from jfed.local.gradients import mean_of
@@ -25,8 +25,9 @@ def mimelite(work: ClientWork, **options) -> Algorithm:
     """The clients' optimizer with the server's statistics; its state lasts from round to round.
 
     The paper weights clients alike: `sampling.equally_weighted`. An optimizer steps as its own `update` does with the
-    server's statistics, which it then leaves as they are: for SGD with momentum that is the paper's U; Adam's second
-    moment has a share 1 - b2 of the client's own gradient, which the paper's has not.
+    server's statistics, which it then leaves as they are. For SGD with momentum b that is the paper's U with a rate
+    1 / (1 - b) times as large; Adam's second moment has a share 1 - b2 of the client's own gradient, which the
+    paper's has not.
 
     Args:
       work: `local.sgd(...)` or `local.full_batch(...)`; its optimizer is the base method, such as
@@ -50,6 +51,7 @@ def mimelite(work: ClientWork, **options) -> Algorithm:
         "mimelite",
         inner._replace(finish=finish_fn),
         options,
+        parts=("model", "gradient"),
         server=optax.GradientTransformationExtraArgs(base.init, update_fn),
         message=lambda params: {"model": params, "gradient": params},
         broadcast=lambda s, shared, clients: {"s": s},
@@ -101,6 +103,7 @@ def mime(work: ClientWork, **options) -> Algorithm:
         "mime",
         inner,
         options,
+        aggregator=None,
         server=optax.GradientTransformationExtraArgs(base.init, update_fn),
         broadcast=broadcast,
     )

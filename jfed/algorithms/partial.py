@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate, tree
-from jfed.algorithms._work import remade, specialised
-from jfed.algorithms.federated import FederatedState
+from jfed.algorithms._work import remade
+from jfed.algorithms.federated import FederatedState, specialised
 from jfed.core import Algorithm, ClientWork, Cohort, Shared, Tree
 
 Mask = Callable[[str], bool]
@@ -123,6 +123,8 @@ def fedbn(work: ClientWork, *, num_clients: int, is_local: Mask = is_normalisati
 
 def fedrep(work: ClientWork, *, is_local: Mask, head_epochs: int, num_clients: int, **options) -> Algorithm:
     """The local part is trained alone in the first epochs of a round, the shared part alone in the others.
+
+    A client with no step after those epochs, because there are no more or it stopped early, sends no change.
 
     Args:
       work: `local.sgd(...)` of more than `head_epochs` epochs.

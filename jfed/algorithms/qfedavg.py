@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate
-from jfed.algorithms._work import scaled, specialised, whole_of
+from jfed.algorithms._work import scaled, whole_of
+from jfed.algorithms.federated import specialised
 from jfed.core import Algorithm, ClientWork
 
 _TINY = 1e-10  # added to a loss before it is raised to a negative power, as the authors' code does
@@ -55,6 +56,7 @@ def qfedavg(work: ClientWork, *, q: float, learning_rate: float, **options) -> A
         "qfedavg",
         work._replace(finish=finish_fn),
         options,
+        parts=("delta",),
         server=optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn),
         message=lambda params: {"delta": params, "h": jnp.zeros(())},
     )

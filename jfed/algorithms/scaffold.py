@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from jfed import tree
-from jfed.algorithms._work import corrected, equally_weighted, measured, specialised
+from jfed.algorithms._work import corrected, equally_weighted, measured
+from jfed.algorithms.federated import specialised
 from jfed.core import Algorithm, ClientWork
 
 
@@ -64,6 +65,7 @@ def scaffold(
             "scaffold",
             inner._replace(finish=finish_fn),
             options,
+            parts=("model", "control"),
             server=optax.GradientTransformationExtraArgs(init_fn, update_fn),
             num_clients=num_clients,
             memory=lambda params: jax.tree.map(jnp.zeros_like, params),

@@ -311,7 +311,10 @@ def test_an_uplink_with_state_needs_the_number_of_clients():
     ("method", "options"),
     [
         ("qfedavg", {"q": 1.0, "learning_rate": 0.1, "server": optax.sgd(1.0)}),
+        ("fedavg", {"server": optax.sgd(1.0)}),
+        ("fedadam", {"learning_rate": 0.1, "server": optax.sgd(1.0)}),
         ("mime", {"server": optax.sgd(1.0)}),
+        ("mime", {"aggregator": optax.identity()}),
         ("fedasync", {"concurrency": 2, "mixing": 0.5, "duration": None, "server": optax.sgd(1.0)}),
         ("fedper", {"is_local": str, "num_clients": 12, "memory": tuple}),
         ("local_only", {"num_clients": 12, "uplink": optax.identity()}),
@@ -321,6 +324,27 @@ def test_an_uplink_with_state_needs_the_number_of_clients():
 def test_what_a_method_decides_itself_is_refused(method, options):
     with pytest.raises(ValueError, match=rf"{method}\({list(options)[-1]}=...\): .* leave it out"):
         getattr(algorithms, method)(WORK, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("fednova", {}),
+        ("qfedavg", {"q": 1.0, "learning_rate": 0.2}),
+        ("afl", {"learning_rate": 0.1, "num_clients": 12}),
+        ("mimelite", {}),
+        ("scaffold", {"num_clients": 12}),
+    ],
+)
+def test_an_uplink_sees_the_update_and_not_the_numbers_sent_beside_it(method, options):
+    """Halved on the way, the model moves half as far; were those numbers halved too, it would move as far as ever."""
+
+    def moved(**uplink):
+        algorithm = getattr(algorithms, method)(WORK, **options, **uplink)
+        state, _ = jax.jit(algorithm.round)(algorithm.init(PARAMS), cohort_of([3, 5, 7], WORK), KEY)
+        return jax.tree.map(jnp.subtract, state.params, PARAMS)
+
+    problem.close(moved(uplink=optax.scale(0.5)), jax.tree.map(lambda m: 0.5 * m, moved()))
 
 
 def test_an_uplink_that_looks_at_params_finds_them_in_the_shape_of_the_message():
