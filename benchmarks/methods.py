@@ -17,14 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jfed import algorithms, clients, data, local, mesh, models, report, sampling
+from jfed import algorithms, availability, clients, data, local, mesh, models, report, sampling
 
 N, EACH, COHORT = 100, 100, 20
-
-
-def seconds(key: jax.Array, cohort) -> jax.Array:
-    """Simulated; as many as local steps, by chance."""
-    return cohort.steps * jax.random.exponential(key, cohort.ids.shape)
 
 
 def methods(model, work, learning_rate: float, client_map, public) -> dict:
@@ -34,11 +29,14 @@ def methods(model, work, learning_rate: float, client_map, public) -> dict:
     a, kind = algorithms, algorithms.Kind(model.apply, work)
     taught = {"kind_of": [0] * N, "public": public, "public_size": EACH} | plain
     head = {"is_local": lambda path: path.startswith("dense_2"), **own}
+    seconds = availability.exponential(1.0)  # simulated: how long a client is away
     return {
         "fedavg": a.fedavg(work, **plain),
         "fedprox": a.fedprox(work, mu=0.1, **plain),
         "fedavgm": a.fedavgm(work, **plain),
+        "fedadagrad": a.fedadagrad(work, learning_rate=0.01, **plain),
         "fedadam": a.fedadam(work, learning_rate=0.01, **plain),
+        "fedyogi": a.fedyogi(work, learning_rate=0.01, **plain),
         "fednova": a.fednova(work, **plain),
         "qfedavg": a.qfedavg(work, q=1.0, learning_rate=learning_rate, **plain),
         "afl": a.afl(work, learning_rate=0.1, **own),
@@ -47,6 +45,7 @@ def methods(model, work, learning_rate: float, client_map, public) -> dict:
         "mimelite": a.mimelite(work, **plain),
         "mime": a.mime(work, **plain),
         "fedper": a.fedper(work, **head),
+        "fedrep": a.fedrep(work, head_epochs=1, **head),
         "lg_fedavg": a.lg_fedavg(work, **head | {"is_local": lambda path: not path.startswith("dense_2")}),
         "ditto": a.ditto(work, strength=0.1, **own),
         "apfl": a.apfl(work, alpha=0.5, **own),
@@ -67,7 +66,7 @@ def main() -> None:
     """Times rounds in turn and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--only", nargs="*", help="methods beside fedavg")
+    parser.add_argument("--only", nargs="*", default=[], help="methods beside fedavg")
     chosen = parser.parse_args()
     mesh.use_cores()
     rng = np.random.default_rng(0)
@@ -83,6 +82,8 @@ def main() -> None:
     client_map = clients.sharded(devices, clients.lanes(1))
     public = rng.random((EACH, 28, 28, 1), np.float32)
     table = methods(model, work, learning_rate, client_map, public)
+    if unknown := set(chosen.only) - set(table):
+        parser.error(f"--only {' '.join(sorted(unknown))}: choose among {', '.join(table)}")
     if chosen.only:
         table = {name: algorithm for name, algorithm in table.items() if name in ("fedavg", *chosen.only)}
     params = model.init(jax.random.key(0))
@@ -90,7 +91,7 @@ def main() -> None:
     with report.progress(len(table), "compiling", unit="methods") as advance:
         for name, algorithm in table.items():
 
-            def one_round(state, key, t, algorithm=algorithm):
+            def one_round(state, population, key, t, algorithm=algorithm):
                 sample_key, round_key = jax.random.split(jax.random.fold_in(key, t))
                 return algorithm.round(state, sampler(population, sample_key, t), round_key)
 
@@ -101,7 +102,9 @@ def main() -> None:
                 start = (params,)
             states[name] = mesh.replicate(algorithm.init(start), devices)
             programs[name] = jax.jit(one_round, donate_argnums=0)
-            states[name], metrics[name] = jax.block_until_ready(programs[name](states[name], jax.random.key(1), 0))
+            states[name], metrics[name] = jax.block_until_ready(
+                programs[name](states[name], population, jax.random.key(1), 0)
+            )
             advance(1)
     took: dict[str, list[float]] = {name: [] for name in table}
     with report.progress(chosen.turns, "turns", unit="turns") as advance:
@@ -109,7 +112,7 @@ def main() -> None:
             for name in table:
                 began = time.perf_counter()
                 states[name], metrics[name] = jax.block_until_ready(
-                    programs[name](states[name], jax.random.key(1), turn)
+                    programs[name](states[name], population, jax.random.key(1), turn)
                 )
                 took[name].append(time.perf_counter() - began)
             advance(1)
@@ -121,11 +124,16 @@ def main() -> None:
                 "method": name,
                 "median": f"{1e3 * statistics.median(took[name]):.0f} ms",
                 "to FedAvg's": f"{statistics.median(ratios):.2f}",
-                "sent to a client": report.human_bytes(int(metrics[name]["download_bytes"])),
-                "by it": report.human_bytes(int(metrics[name]["upload_bytes"])),
+                "sent to a client": message(metrics[name], "download"),
+                "by it": message(metrics[name], "upload"),
             }
         )
     print(report.table(f"A round of {COHORT} clients of {EACH} examples, 2NN, median of {chosen.turns}", rows))
+
+
+def message(metrics: dict, way: str) -> str:
+    """Bytes of one message, if any was sent."""
+    return report.human_bytes(int(metrics[f"{way}_bytes"]) if int(metrics[f"{way}s"]) else 0)
 
 
 if __name__ == "__main__":

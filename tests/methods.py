@@ -87,7 +87,7 @@ def two_models(work, **options):
 
 def one_kind(make, work, **options):
     """A method for clients of several kinds of model, with a single kind."""
-    public = jnp.asarray(np.random.default_rng(5).normal(size=(8, problem.FEATURES)), jnp.float32)
+    public = np.asarray(np.random.default_rng(5).normal(size=(8, problem.FEATURES)), np.float32)
     teach = {
         f"{'digest' if make is fedmd else 'distill'}{name}": v for name, v in (("", optax.sgd(0.1)), ("_batch", 4))
     }

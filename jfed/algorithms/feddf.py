@@ -54,6 +54,7 @@ def feddf(
       ValueError: if `kind_of` names a kind there is not, or a kind has no client; if S is more than P, or the batch
         does not divide it.
     """
+    public = jnp.asarray(public)
     kind_of = check("feddf", kinds, kind_of, public, public_size, distill_epochs, distill_batch)
 
     def own(kind: Kind) -> Algorithm:

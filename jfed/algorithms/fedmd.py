@@ -62,6 +62,7 @@ def fedmd(
       ValueError: if `kind_of` names a kind there is not, or a kind has no client; if S is more than P, or the batch
         does not divide it.
     """
+    public = jnp.asarray(public)
     kind_of = check("fedmd", kinds, kind_of, public, public_size, digest_epochs, digest_batch)
     client_map = options["client_map"] = options.get("client_map") or lanes(16)
     num_clients = len(kind_of)
