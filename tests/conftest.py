@@ -13,13 +13,22 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
-import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def forget_programs():
+def group_of(item):
+    """What a test says it shares programs with, if it does."""
+    return next((mark.args[0] for mark in item.iter_markers("xdist_group")), "")
+
+
+def pytest_collection_modifyitems(items):
+    """Of a module, tests that share programs follow one another."""
+    places = {path: i for i, path in reversed(list(enumerate(item.path for item in items)))}
+    items.sort(key=lambda item: (places[item.path], group_of(item)))
+
+
+def pytest_runtest_teardown(item, nextitem):
     """A process that keeps thousands of compiled programs runs out of memory mappings."""
-    yield
-    jax.clear_caches()
+    if nextitem is None or (item.path, group_of(item)) != (nextitem.path, group_of(nextitem)):
+        jax.clear_caches()

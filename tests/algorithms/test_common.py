@@ -42,7 +42,7 @@ def marks(method):
 methods = pytest.mark.parametrize("method", [pytest.param(m, marks=marks(m)) for m in METHODS])
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)  # those of one method
 def compiled(method, client_map):
     """The algorithm, its compiled round, and the list of its traces."""
     algorithm = make(method, MAPS[client_map]())
@@ -64,7 +64,7 @@ def after_two_rounds(method, client_map, ids=IDS):
     return two_rounds(one_round, method, state, ids)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def reference(method):
     return after_two_rounds(method, "vectorised")
 
