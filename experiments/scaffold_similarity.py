@@ -83,14 +83,14 @@ def main(config: Config) -> None:
     """Tunes every method in every cell, then shows the rounds each took."""
     train, test = data.fashion_small() if config.smoke else data.mnist(download=config.download)
     used = config.num_clients * config.examples
-    if used > len(train["y"]) or 28 % config.side or len(config.rounds) != len(config.similarities):
+    if used > len(train["y"]) or len(config.rounds) != len(config.similarities):
         raise ValueError(
-            f"scaffold_similarity(num_clients={config.num_clients}, examples={config.examples}, side={config.side}, "
-            f"rounds={config.rounds}): there are {len(train['y'])} examples, side must divide 28, and each of the "
+            f"scaffold_similarity(num_clients={config.num_clients}, examples={config.examples}, "
+            f"rounds={config.rounds}): there are {len(train['y'])} examples, and each of the "
             f"{len(config.similarities)} similarities has its rounds."
         )
-    train = {"x": averaged(train["x"][:used], config.side), "y": train["y"][:used]}
-    test = {"x": averaged(test["x"], config.side), "y": test["y"]}
+    train = {"x": data.downscale(train["x"][:used], config.side), "y": train["y"][:used]}
+    test = {"x": data.downscale(test["x"], config.side), "y": test["y"]}
 
     cells = {}
     for similarity, rounds in zip(config.similarities, config.rounds, strict=True):
@@ -239,12 +239,6 @@ def written(of_cell) -> str:
     reached, rate = of_cell["reached"], of_cell["learning_rate"]
     rounds = f"{of_cell['rounds']}+" if None in reached else report.mean_and_std(reached, 0)
     return f"{rounds} at {rate:g}{', an end' if of_cell['at_an_end'] else ''}"
-
-
-def averaged(images, side) -> np.ndarray:
-    """Images [E, 28, 28, 1], squares of pixels averaged: [E, side, side, 1]."""
-    each = 28 // side
-    return images.reshape(-1, side, each, side, each, 1).mean((2, 4))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ _LAZY = {
     "read_sqlite": "sqlite",
     "read_h5": "federated",
     "from_hugging_face": "readers",
+    "downscale": "sets",
     "fashion_small": "sets",
     "fashion_mnist": "sets",
     "mnist": "sets",

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jfed import _validate
 from jfed.data import _copies
 from jfed.data import download as _download
 from jfed.data.cifar import CIFAR_10_FILES, CIFAR_100_FILES
@@ -223,6 +224,26 @@ def cifar100(*, download: bool = False) -> tuple[Split, Split]:
       ValueError: if a download has the wrong checksum.
     """
     return _cifar_set("cifar100", "cifar-100-python", "fine_label", download)
+
+
+def downscale(images: np.ndarray, side: int) -> np.ndarray:
+    """Images [E, H, W, channels] averaged over squares of pixels to [E, side, side, channels], to train sooner.
+
+    Raises:
+      ValueError: if the images are not square, or `side` does not divide theirs.
+
+    >>> downscale(np.arange(16.0).reshape(1, 4, 4, 1), 2)[0, :, :, 0]
+    array([[ 2.5,  4.5],
+           [10.5, 12.5]])
+    """
+    _validate.at_least_one("downscale", "side", side, "14 is half of MNIST's")
+    count, height, width, channels = np.shape(images)
+    if height != width or height % side:
+        raise ValueError(
+            f"downscale(side={side}): the images are {height} x {width} pixels; they must be square, and side must "
+            f"divide their side."
+        )
+    return np.asarray(images).reshape(count, side, height // side, side, width // side, channels).mean((2, 4))
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:
