@@ -470,11 +470,11 @@ def test_a_damaged_archive_is_an_error_and_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize(("shape", "side"), [((2, 28, 28, 1), 5), ((2, 28, 14, 1), 7), ((2, 28, 28, 1), 0)])
 def test_images_that_cannot_be_averaged_to_a_side_are_refused(shape, side):
     with pytest.raises(ValueError, match=rf"downscale\(side={side}\)"):
-        data.downscale(np.zeros(shape), side)
+        sets.downscale(np.zeros(shape), side)
 
 
 def test_an_image_keeps_its_mean_and_its_own_quarter_when_downscaled():
     images = np.random.default_rng(0).random((3, 28, 28, 2))
-    small = data.downscale(images, 14)
+    small = sets.downscale(images, 14)
     np.testing.assert_allclose(small.mean((1, 2)), images.mean((1, 2)))
     np.testing.assert_allclose(small[1, 3, 5], images[1, 6:8, 10:12].mean((0, 1)))
