@@ -260,3 +260,14 @@ def test_fedavg_comes_to_rest_away_from_the_optimum_in_proportion_to_the_dissimi
 def test_what_cannot_be_generated_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make(jax.random.key(0))
+
+
+def test_sizes_spread_by_the_sigma_asked_for():
+    train, test = synthetic(jax.random.key(0), 1.0, 1.0, num_clients=400, size_sigma=0.8)
+    size = np.asarray(train.size + test.size, float)
+    assert size.mean() == pytest.approx(50 + np.exp(4 + 0.8**2 / 2), rel=0.1)
+    assert size.std() == pytest.approx(np.exp(4 + 0.8**2 / 2) * np.sqrt(np.exp(0.8**2) - 1), rel=0.2)
+    alike, rest = synthetic(jax.random.key(0), 1.0, 1.0, size_sigma=0.0)
+    assert set(np.asarray(alike.size + rest.size).tolist()) <= {103, 104}
+    with pytest.raises(ValueError, match=r"synthetic\(size_sigma=-1\)"):
+        synthetic(jax.random.key(0), 1.0, 1.0, size_sigma=-1)
