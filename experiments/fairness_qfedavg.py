@@ -7,7 +7,21 @@ of clients, is the far end.
 Claim: from q = 0 to q = 1 the variance of the clients' test accuracies falls by a third and the worst
 tenth of the clients gains ten points, while the mean loses less than three.
 
-MEASURED
+| clients drawn by size | mean       | worst 10 %  | best 10 %   | variance   | paper: mean, worst, best, variance |
+|-----------------------|------------|-------------|-------------|------------|------------------------------------|
+| q = 0                 | 80.3 ± 0.9 |  28.6 ± 2.8 | 100.0 ± 0.0 |   585 ± 70 | 80.8, 18.8, 100.0, 724             |
+| q = 1                 | 79.1 ± 0.4 |  35.5 ± 4.9 | 100.0 ± 0.0 |   423 ± 79 | 79.0, 31.1, 100.0, 472             |
+| q = 2                 | 75.8 ± 0.0 |  36.5 ± 2.1 | 100.0 ± 0.0 |   395 ± 44 |                                    |
+| q = 5                 | 70.0 ± 1.4 |  32.4 ± 2.8 |  98.2 ± 1.7 |   384 ± 20 |                                    |
+| change from 0 to 1    | -1.2 ± 1.0 |  +6.9 ± 2.3 |             | -28 ± 5 %  | -1.8, +12.3, -35 %                 |
+
+| drawn uniformly, q = 0 | 81.0 ± 1.5 |  28.1 ± 6.5 | 100.0 ± 0.0 |   582 ± 92 |
+| q = 1                  | 81.6 ± 1.1 |  34.6 ± 2.3 | 100.0 ± 0.0 |   453 ± 23 |
+| AFL                    | 68.3 ± 4.5 | 10.8 ± 10.9 | 100.0 ± 0.0 |  900 ± 239 |
+
+Test accuracy in per cent over clients, mean and standard deviation of three seeds. The mean loses as little as claimed;
+the variance falls by a little less than a third and the worst tenth gains seven points instead of ten, from a start
+that is ten points above the paper's.
 
 Source: Li et al. 2020 (arXiv:1905.10497), table 1, its appendix and its published code, on its set Synthetic(1,1):
 logistic regression on 100 clients of 127 examples on average, 10 a round, drawn by size and then weighted alike, one
@@ -21,6 +35,8 @@ round drawn uniformly, and the rate of its mixture that is best for the worst te
 clients drawn uniformly, there are 5,000 rounds.
 
 Command: python experiments/fairness_qfedavg.py
+Expected: the tables above.
+Time: 11 minutes on two CPU cores that did other work too.
 """
 
 import dataclasses
