@@ -8,27 +8,28 @@ of local epochs E, and FedAvg needs the more the larger E is.
 | SGD            |    |       121 ± 29 | 119 ± 5  |    60+ |            |
 | SCAFFOLD       |  1 |         71 ± 3 | 68 ± 3   | 29 ± 1 |         77 |
 |                |  5 |        51 ± 10 | 35 ± 5   |  9 ± 1 |        152 |
-|                | 10 |         57 ± 6 | 42 ± 3   |  7 ± 0 |        286 |
-|                | 20 |         55 ± 4 | 44 ± 2   |  6 ± 0 |        266 |
+|                | 10 |         57 ± 2 | 42 ± 3   |  7 ± 0 |        286 |
+|                | 20 |         54 ± 3 | 44 ± 2   |  6 ± 0 |        266 |
 | FedAvg         |  1 |       202 ± 27 | 185 ± 7  | 29 ± 5 |        258 |
-|                |  5 |       207 ± 34 | 200+     | 11 ± 1 |        428 |
-|                | 10 |       216 ± 50 | 200+     |  9 ± 0 |        711 |
-|                | 20 |       253 ± 19 | 200+     |  9 ± 1 |      1000+ |
-| FedProx        |  1 |       245 ± 24 | 200+     |    60+ |            |
-|                |  5 |           300+ | 200+     |    60+ |            |
-|                | 10 |           300+ | 200+     |    60+ |            |
-|                | 20 |           300+ | 200+     |    60+ |            |
+|                |  5 |       203 ± 27 | 230 ± 23 | 11 ± 1 |        428 |
+|                | 10 |       216 ± 50 | 229 ± 22 |  9 ± 0 |        711 |
+|                | 20 |       233 ± 46 | 225 ± 14 |  9 ± 1 |      1000+ |
+| FedProx        |  1 |       209 ± 27 | 170 ± 30 |    60+ |            |
+|                |  5 |           300+ | 300+     |    60+ |            |
+|                | 10 |           300+ | 300+     |    60+ |            |
+|                | 20 |           300+ | 300+     |    60+ |            |
 
-Mean and standard deviation of three seeds; a plus where some seed did not get there. What is told of FedAvg is its
-means: from E = 1 to 10 they lie within a deviation.
+Mean and standard deviation of three seeds; a plus where some seed did not get there. The first half of the claim holds
+by far, at 10 % too. Of the second only the means tell: they rise by less than a deviation. FedAvg gets to 90 % at rates
+that make it jump, and at the end is below it; at 10 % the paper has it quicker than at 0 %, here it is not.
 
 Source: Karimireddy et al. 2020 (arXiv:1910.06378), section 7, table 3, on the digits of MNIST instead of EMNIST's and
 to 90 % instead of 50 %: 100 clients, 20 a round, logistic regression, batches of a fifth of a client's data, rates
-tuned in every cell, FedProx's mu 1. Images are averaged to 14 x 14 and clients hold 100 each, for two CPU cores.
+tuned in every cell on test data, FedProx's mu 1. Images are averaged to 14 x 14 and clients hold 100 each, for two CPU cores.
 
 Command: python experiments/scaffold_similarity.py
 Expected: the table above.
-Time: 56 minutes on two CPU cores that did other work too.
+Time: 29 minutes on two CPU cores that did other work too.
 Needs the MNIST files; the error says where they are looked for.
 """
 
