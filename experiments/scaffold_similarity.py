@@ -23,9 +23,10 @@ Mean and standard deviation of three seeds; a plus where some seed did not get t
 by far, at 10 % too. Of the second only the means tell: they rise by less than a deviation. FedAvg gets to 90 % at rates
 that make it jump, and at the end is below it; at 10 % the paper has it quicker than at 0 %, here it is not.
 
-Source: Karimireddy et al. 2020 (arXiv:1910.06378), section 7, table 3, on the digits of MNIST instead of EMNIST's and
-to 90 % instead of 50 %: 100 clients, 20 a round, logistic regression, batches of a fifth of a client's data, rates
-tuned in every cell on test data, FedProx's mu 1. Images are averaged to 14 x 14 and clients hold 100 each, for two CPU cores.
+Source: Karimireddy et al. 2020 (arXiv:1910.06378), section 7, table 3, on the digits of MNIST instead of EMNIST's
+and to 90 % instead of 50 %: 100 clients, 20 a round, logistic regression, batches of a fifth of a client's data,
+rates tuned in every cell on test data, FedProx's mu 1. Images are averaged to 14 x 14 and clients hold 100 each, for
+two CPU cores.
 
 Command: python experiments/scaffold_similarity.py
 Expected: the table above.
