@@ -21,8 +21,8 @@ which has to serve all.
 | Ditto                      |   70.3 ± 0.6 |   80.5 ± 0.4 | 85.8 ± 1.3 |
 | APFL                       |   69.9 ± 1.8 |   79.5 ± 0.6 | 87.0 ± 1.7 |
 
-Test accuracy in per cent over three seeds. The order of the claim holds on both sets. Two things the papers do not
-tell: FedAvg's model after the same step is as good as Per-FedAvg's, and with so many examples a client with two
+Test accuracy in per cent over three seeds. The order of the claim holds on both sets. Two things to know
+beside it: FedAvg's model after the same step is as good as Per-FedAvg's, and with so many examples a client with two
 digits, or a model of its own, does as well alone; the global model of clients alone is the mean of theirs.
 
 Source: Dinh et al. 2020 (arXiv:2006.08848), section 5 and the commands of its repository: multinomial logistic

@@ -7,10 +7,11 @@ from jfed.algorithms.apfl import apfl
 from jfed.algorithms.baselines import centralised, local_only, pooled
 from jfed.algorithms.ditto import ditto
 from jfed.algorithms.fedasync import fedasync
+from jfed.algorithms.fedavg import fedavg, fedavgm, fedsgd
 from jfed.algorithms.fedbuff import fedbuff
 from jfed.algorithms.feddf import feddf
 from jfed.algorithms.feddyn import feddyn
-from jfed.algorithms.federated import FederatedState, fedavg, fedavgm, federated, fedsgd
+from jfed.algorithms.federated import FederatedState, federated
 from jfed.algorithms.fedmd import fedmd
 from jfed.algorithms.fednova import fednova
 from jfed.algorithms.fedprox import fedprox

@@ -1,17 +1,53 @@
 """What several methods do to the work of a client."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jfed.algorithms.federated import federated
 from jfed.core import Algorithm, ClientWork, Cohort, Shared, Tree
 
 
 def same(x):
     """Changes nothing."""
     return x
+
+
+def specialised(
+    where: str, work: ClientWork, options: dict[str, Any], *, parts: tuple[str, ...] = (), **own: Any
+) -> Algorithm:
+    """`federated` with what a method itself sets, `own`, and what its caller asks for.
+
+    Of a message that is a dict the caller's uplink sees the entries named in `parts`, each by itself; what else is in
+    it, numbers that the server divides by or counts, arrives as it was sent.
+
+    Raises:
+      ValueError: if the caller asks for what the method sets.
+    """
+    for name in sorted(own.keys() & options.keys()):
+        raise ValueError(f"{where}({name}=...): {where} decides that itself; leave it out.")
+    if parts and options.get("uplink") is not None:
+        options = options | {"uplink": _by_part(optax.with_extra_args_support(options["uplink"]), parts)}
+    return federated(work, **own, **options)
+
+
+def _by_part(
+    uplink: optax.GradientTransformationExtraArgs, parts: tuple[str, ...]
+) -> optax.GradientTransformationExtraArgs:
+    def update_fn(message, state, params=None, *, key, **extra_args):
+        coded = {
+            name: uplink.update(message[name], state[name], params[name], key=jax.random.fold_in(key, i), **extra_args)
+            for i, name in enumerate(parts)
+        }
+        sent = {name: pair[0] for name, pair in coded.items()}
+        return message | sent, {name: pair[1] for name, pair in coded.items()}
+
+    return optax.GradientTransformationExtraArgs(
+        lambda message: {name: uplink.init(message[name]) for name in parts}, update_fn
+    )
 
 
 def remade(where: str, work: ClientWork, *, gradient: Callable = same, optimizer: Callable = same) -> ClientWork:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate
-from jfed.algorithms.federated import specialised
+from jfed.algorithms._work import specialised
 from jfed.core import Algorithm, ClientWork
 
 

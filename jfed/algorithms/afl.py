@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate
-from jfed.algorithms._work import equally_weighted, scaled, whole_of
-from jfed.algorithms.federated import FederatedState, specialised
+from jfed.algorithms._work import equally_weighted, scaled, specialised, whole_of
+from jfed.algorithms.federated import FederatedState
 from jfed.core import Algorithm, ClientWork, Cohort
 
 

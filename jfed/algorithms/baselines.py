@@ -6,8 +6,7 @@ import numpy as np
 import optax
 
 from jfed import tree
-from jfed.algorithms._work import optimizer_of, same
-from jfed.algorithms.federated import specialised
+from jfed.algorithms._work import optimizer_of, same, specialised
 from jfed.core import Algorithm, ClientWork, Population
 
 

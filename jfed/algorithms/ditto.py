@@ -11,8 +11,7 @@ from typing import NamedTuple
 import optax
 
 from jfed import _validate, tree
-from jfed.algorithms._work import remade, same
-from jfed.algorithms.federated import specialised
+from jfed.algorithms._work import remade, same, specialised
 from jfed.core import Algorithm, ClientWork, Tree
 from jfed.local import proximal
 

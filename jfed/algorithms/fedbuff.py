@@ -19,7 +19,8 @@ import optax
 
 from jfed import _validate, tree
 from jfed.algorithms import _events
-from jfed.algorithms.federated import FederatedState, specialised
+from jfed.algorithms._work import specialised
+from jfed.algorithms.federated import FederatedState
 from jfed.availability import Duration
 from jfed.core import Algorithm, ClientWork, Cohort, Tree
 

@@ -14,7 +14,7 @@ import optax
 
 from jfed import _streams, tree
 from jfed.algorithms._kinds import ByKind, Kind, check, init_of, only, public_rows, together, train
-from jfed.algorithms.federated import specialised
+from jfed.algorithms._work import specialised
 from jfed.core import Algorithm, Cohort, Tree
 
 

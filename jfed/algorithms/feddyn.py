@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate
-from jfed.algorithms._work import corrected, equally_weighted
-from jfed.algorithms.federated import specialised
+from jfed.algorithms._work import corrected, equally_weighted, specialised
 from jfed.core import Algorithm, ClientWork
 
 

@@ -1,4 +1,4 @@
-"""The round most federated methods share, and the methods that are one line over it.
+"""The round most federated methods share.
 
 A round: every client of the cohort works from the global model and returns a pseudo-gradient; the
 uplink turns it into a message; messages are averaged by weight; a server optimizer descends the
@@ -10,7 +10,7 @@ Letters of the papers: K clients, n_k examples of client k, w global model, Delt
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -239,79 +239,3 @@ def _same(tree: Tree) -> Tree:
 def count_bytes(nbytes: int) -> np.uint32 | np.float32:
     """A count that fits a metric: exact below 4 GiB."""
     return np.uint32(nbytes) if nbytes < 2**32 else np.float32(nbytes)
-
-
-def specialised(
-    where: str, work: ClientWork, options: dict[str, Any], *, parts: tuple[str, ...] = (), **own: Any
-) -> Algorithm:
-    """`federated` with what a method itself sets, `own`, and what its caller asks for.
-
-    Of a message that is a dict the caller's uplink sees the entries named in `parts`, each by itself; what else is in
-    it, numbers that the server divides by or counts, arrives as it was sent.
-
-    Raises:
-      ValueError: if the caller asks for what the method sets.
-    """
-    for name in sorted(own.keys() & options.keys()):
-        raise ValueError(f"{where}({name}=...): {where} decides that itself; leave it out.")
-    if parts and options.get("uplink") is not None:
-        options = options | {"uplink": _by_part(optax.with_extra_args_support(options["uplink"]), parts)}
-    return federated(work, **own, **options)
-
-
-def _by_part(
-    uplink: optax.GradientTransformationExtraArgs, parts: tuple[str, ...]
-) -> optax.GradientTransformationExtraArgs:
-    def update_fn(message, state, params=None, *, key, **extra_args):
-        coded = {
-            name: uplink.update(message[name], state[name], params[name], key=jax.random.fold_in(key, i), **extra_args)
-            for i, name in enumerate(parts)
-        }
-        sent = {name: pair[0] for name, pair in coded.items()}
-        return message | sent, {name: pair[1] for name, pair in coded.items()}
-
-    return optax.GradientTransformationExtraArgs(
-        lambda message: {name: uplink.init(message[name]) for name in parts}, update_fn
-    )
-
-
-def fedavg(work: ClientWork, **options) -> Algorithm:
-    """FedAvg: the new model is the mean of the clients' models, weighted by n_k (McMahan et al. 2017).
-
-    Args:
-      work: usually `local.sgd(...)`.
-      **options: `uplink`, `aggregator`, `client_map` and `num_clients` of `federated`.
-    """
-    return specialised("fedavg", work, options, server=optax.sgd(1.0))
-
-
-def fedsgd(work: ClientWork, *, learning_rate: float, **options) -> Algorithm:
-    """FedSGD: one step along the mean gradient of the cohort's examples (McMahan et al. 2017, section 2).
-
-    Args:
-      work: `local.gradient(loss)`.
-      learning_rate: eta, on the server.
-      **options: those of `fedavg`.
-
-    Raises:
-      ValueError: if `learning_rate` is not above 0.
-    """
-    _validate.positive("fedsgd", "learning_rate", learning_rate, "a good start is 0.1")
-    return specialised("fedsgd", work, options, server=optax.sgd(learning_rate))
-
-
-def fedavgm(work: ClientWork, *, learning_rate: float = 1.0, momentum: float = 0.9, **options) -> Algorithm:
-    """FedAvgM: momentum on the server, `v <- beta v + Delta`, `w <- w - eta v` (Hsu et al. 2019, arXiv:1909.06335).
-
-    Args:
-      work: usually `local.sgd(...)`.
-      learning_rate: eta, on the server.
-      momentum: beta, in [0, 1].
-      **options: those of `fedavg`.
-
-    Raises:
-      ValueError: if `learning_rate` is not above 0, or `momentum` not in [0, 1].
-    """
-    _validate.positive("fedavgm", "learning_rate", learning_rate, "1.0 is FedAvg's")
-    _validate.within("fedavgm", "momentum", momentum, 0.0, 1.0, "0.9 is usual")
-    return specialised("fedavgm", work, options, server=optax.sgd(learning_rate, momentum=momentum))

@@ -16,8 +16,7 @@ import optax
 
 from jfed import _streams, tree
 from jfed.algorithms._kinds import ByKind, Kind, check, init_of, only, public_rows, together, train
-from jfed.algorithms._work import same
-from jfed.algorithms.federated import specialised
+from jfed.algorithms._work import same, specialised
 from jfed.clients import lanes
 from jfed.core import Algorithm, ClientWork, Cohort, Shared, Tree
 

@@ -11,8 +11,7 @@ tau_eff, p_i weights.
 import jax.numpy as jnp
 import optax
 
-from jfed.algorithms._work import measured, scaled
-from jfed.algorithms.federated import specialised
+from jfed.algorithms._work import measured, scaled, specialised
 from jfed.core import Algorithm, ClientWork
 
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate, tree
-from jfed.algorithms._work import scaled, whole_of
-from jfed.algorithms.federated import specialised
+from jfed.algorithms._work import scaled, specialised, whole_of
 from jfed.core import Algorithm, ClientWork
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from jfed import tree
-from jfed.algorithms._work import optimizer_of, remade, scaled, whole_of
-from jfed.algorithms.federated import FederatedState, count_bytes, specialised
+from jfed.algorithms._work import optimizer_of, remade, scaled, specialised, whole_of
+from jfed.algorithms.federated import FederatedState, count_bytes
 from jfed.clients import lanes
 from jfed.core import Algorithm, ClientWork, Cohort, Shared
 from jfed.local.gradients import mean_of

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate, tree
-from jfed.algorithms._work import remade
-from jfed.algorithms.federated import FederatedState, specialised
+from jfed.algorithms._work import remade, specialised
+from jfed.algorithms.federated import FederatedState
 from jfed.core import Algorithm, ClientWork, Cohort, Shared, Tree
 
 Mask = Callable[[str], bool]

@@ -12,8 +12,7 @@ import jax
 import optax
 
 from jfed import _validate, tree
-from jfed.algorithms._work import remade, same, scaled, side_by_side
-from jfed.algorithms.federated import specialised
+from jfed.algorithms._work import remade, same, scaled, side_by_side, specialised
 from jfed.core import Algorithm, ClientWork
 from jfed.local.gradients import mean_of
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _validate
-from jfed.algorithms._work import scaled, whole_of
-from jfed.algorithms.federated import specialised
+from jfed.algorithms._work import scaled, specialised, whole_of
 from jfed.core import Algorithm, ClientWork
 
 _TINY = 1e-10  # added to a loss before it is raised to a negative power, as the authors' code does

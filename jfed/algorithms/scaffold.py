@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import tree
-from jfed.algorithms._work import corrected, equally_weighted, measured
-from jfed.algorithms.federated import specialised
+from jfed.algorithms._work import corrected, equally_weighted, measured, specialised
 from jfed.core import Algorithm, ClientWork
 
 
