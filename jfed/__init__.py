@@ -3,6 +3,7 @@
     core        the types everything is written with
     clients     how the work of one client runs for a whole cohort
     local       what one client does in a round
+    compress    fewer bytes for an update
     aggregate   one message out of many, some of them malicious
     algorithms  the methods
     sampling    who takes part in a round
@@ -27,6 +28,7 @@ _MODULES = (
     "availability",
     "checkpoint",
     "clients",
+    "compress",
     "core",
     "data",
     "experiment",

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jfed._fusion import computed_once
+from jfed._noise import scramble
 
 ROUNDS = 24  # no departure from uniform was seen from 16 on: orders of 2 to 5, places and neighbours of 50 and 600
 
@@ -23,7 +24,7 @@ def draw(key: jax.Array) -> jax.Array:
     """
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     count = jnp.arange(1, 2 * ROUNDS + 1, dtype=jnp.uint32).reshape(2, ROUNDS)
-    return _mix(_mix(count * jnp.uint32(0x9E3779B9) + data[0]) ^ data[-1])
+    return scramble(scramble(count * jnp.uint32(0x9E3779B9) + data[0]) ^ data[-1])
 
 
 def position(words: jax.Array, index: jax.Array, size: jax.Array, *, epoch: jax.Array | int = 0) -> jax.Array:
@@ -43,19 +44,12 @@ def position(words: jax.Array, index: jax.Array, size: jax.Array, *, epoch: jax.
     """
     size = jnp.asarray(size, jnp.uint32)
     index = jnp.asarray(index, jnp.uint32)
-    pivots, salts = words ^ _mix(words * jnp.asarray(epoch, jnp.uint32))
+    pivots, salts = words ^ scramble(words * jnp.asarray(epoch, jnp.uint32))
     # Without the barrier XLA makes a kernel of every single remainder.
     pivots, salts = jax.lax.optimization_barrier((pivots % size, salts))
     for r in range(ROUNDS):
         partner = pivots[r] + size - index
         partner = jnp.where(partner >= size, partner - size, partner)
-        swap = _mix(jnp.maximum(index, partner) ^ salts[r]) >> 31
+        swap = scramble(jnp.maximum(index, partner) ^ salts[r]) >> 31
         index = jnp.where(swap == 1, partner, index)
     return computed_once(index).astype(jnp.int32)
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """Scrambles 32 bits: the finaliser of MurmurHash3 (Appleby, public domain)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)

@@ -1,0 +1,58 @@
+"""Compression as optax transforms whose messages are what would be on the wire.
+
+    quantize  qsgd  terngrad  lloyd_max           codes of 1 to 8 bits
+    sign  scaled_sign  majority_vote              one bit
+    low_precision  natural                        smaller floats
+    top_k  random_k  threshold  ternary           few numbers of many
+    rotate  drive  eden                           random rotation
+    power_sgd  count_sketch  fetch_sgd            low rank, sketches
+    error_feedback  ef21  ef21_server  momentum_correction
+    over_tree  decode  decoded  nbytes            the model as one vector; what a message stands for and weighs
+
+Links are chained: `optax.chain(top_k(0.01), quantize(4))` quantizes what was kept.
+"""
+
+from jfed.compress.count_sketch import count_sketch, fetch_sgd
+from jfed.compress.feedback import ef21, ef21_server, error_feedback, momentum_correction
+from jfed.compress.floats import low_precision, natural
+from jfed.compress.message import Decoder, Encoded, Source, decode, decoded, nbytes, nodes, operator, over_tree
+from jfed.compress.power_sgd import power_sgd
+from jfed.compress.quantize import lloyd_max, qsgd, quantize, terngrad
+from jfed.compress.rotate import drive, eden, rotate
+from jfed.compress.sign import majority_vote, scaled_sign, sign
+from jfed.compress.sparse import random_k, ternary, threshold, top_k
+
+__all__ = [
+    "Decoder",
+    "Encoded",
+    "Source",
+    "count_sketch",
+    "decode",
+    "decoded",
+    "drive",
+    "eden",
+    "ef21",
+    "ef21_server",
+    "error_feedback",
+    "fetch_sgd",
+    "lloyd_max",
+    "low_precision",
+    "majority_vote",
+    "momentum_correction",
+    "natural",
+    "nbytes",
+    "nodes",
+    "operator",
+    "over_tree",
+    "power_sgd",
+    "qsgd",
+    "quantize",
+    "random_k",
+    "rotate",
+    "scaled_sign",
+    "sign",
+    "ternary",
+    "terngrad",
+    "threshold",
+    "top_k",
+]

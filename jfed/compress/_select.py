@@ -1,0 +1,96 @@
+"""Which k of d numbers are largest, as a bitmap, and the positions that a bitmap holds.
+
+The k-th largest magnitude is found bit by bit: floats above zero lie in the order of their bits, so counting how many
+reach a threshold, at most 31 times, settles it. That reads the numbers often but moves none, where
+a sort moves all of them.
+
+Letters: d numbers, k kept; word w of a bitmap holds numbers 32 w to 32 w + 31, lowest bit first.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def largest(x: jax.Array, k: int) -> jax.Array:
+    """Bitmap of the k largest magnitudes of `x` [d]; of equal ones those that come first, and NaN above all.
+
+    >>> print(largest(jnp.array([1.0, -3.0, 2.0, 2.0]), 2))
+    [6]
+    """
+    b = _magnitude(x)
+    least = _kth(b, k)
+    above, equal = bitmap(b > least), bitmap(b == least)
+    count = lax.population_count(equal).astype(jnp.int32)
+    wanted = k - jnp.sum(lax.population_count(above).astype(jnp.int32))
+    wanted = jnp.clip(wanted - (jnp.cumsum(count) - count), 0, count)
+    return above | jnp.where(wanted == count, equal, equal & _below(_bit(equal, wanted)))
+
+
+def over_sample(x: jax.Array, k: int, stride: int) -> jax.Array:
+    """Bitmap of about the k largest magnitudes: all that reach the threshold found on every `stride`-th number."""
+    sample = x[::stride]
+    least = _kth(_magnitude(sample), max(1, round(k * sample.size / x.size)))
+    return bitmap(_magnitude(x) >= least)
+
+
+def bitmap(mask: jax.Array) -> jax.Array:
+    """Flags [d] as words [ceil(d / 32)] uint32."""
+    short = -mask.shape[0] % 32
+    if short:
+        mask = jnp.concatenate([mask, jnp.zeros(short, bool)])
+    bits = mask.reshape(-1, 32).astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)[None]
+    return jnp.sum(bits, axis=1, dtype=jnp.uint32)
+
+
+def positions(words: jax.Array, k: int, d: int) -> jax.Array:
+    """The first k positions a bitmap holds, ascending, [k] int32; d where it holds fewer.
+
+    >>> print(positions(jnp.array([6], jnp.uint32), 3, 4))
+    [1 2 4]
+    """
+    count = lax.population_count(words).astype(jnp.int32)
+    end = jnp.cumsum(count)
+    begin = end - count
+    # The word that holds entry j is the number of words that end at or before j.
+    word = jnp.cumsum(jnp.zeros(k, jnp.int32).at[end].add(1, mode="drop", indices_are_sorted=True))
+    found = word < words.shape[0]
+    word = jnp.minimum(word, words.shape[0] - 1)
+    place = _bit(words[word], jnp.arange(k) - begin[word])
+    return jnp.where(found, 32 * word + place, d)
+
+
+def _magnitude(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 0x7FFFFFFF
+
+
+def _kth(b: jax.Array, k: int) -> jax.Array:
+    """A threshold that at least k reach, and exactly k unless the k-th largest is met more than once."""
+
+    def narrow(carry):
+        i, least, reach = carry
+        trial = least | (1 << i)
+        count = jnp.sum(b >= trial, dtype=jnp.int32)
+        return i - 1, jnp.where(count >= k, trial, least), jnp.where(count >= k, count, reach)
+
+    begin = (jnp.int32(30), jnp.int32(0), jnp.int32(b.size))
+    return lax.while_loop(lambda c: (c[0] >= 0) & (c[2] != k), narrow, begin)[1]
+
+
+def _bit(word: jax.Array, r: jax.Array) -> jax.Array:
+    """Where the bit lies that r set bits of a word precede; 32 if it has not that many."""
+    place = jnp.zeros(word.shape, jnp.int32)
+    for half in (16, 8, 4, 2, 1):
+        low = (word >> place.astype(jnp.uint32)) & jnp.uint32(2**half - 1)
+        count = lax.population_count(low).astype(jnp.int32)
+        past = r >= count
+        r = jnp.where(past, r - count, r)
+        place = place + jnp.where(past, half, 0)
+    last = (word >> place.astype(jnp.uint32)) & 1
+    return jnp.where((r >= last.astype(jnp.int32)), 32, place)
+
+
+def _below(place: jax.Array) -> jax.Array:
+    """A word of the bits before `place`, 0 to 32."""
+    shift = jnp.minimum(place, 31).astype(jnp.uint32)
+    return jnp.where(place >= 32, jnp.uint32(2**32 - 1), (jnp.uint32(1) << shift) - 1)
