@@ -124,16 +124,11 @@ def main() -> None:
                 "method": name,
                 "median": f"{1e3 * statistics.median(took[name]):.0f} ms",
                 "to FedAvg's": f"{statistics.median(ratios):.2f}",
-                "sent to a client": message(metrics[name], "download"),
-                "by it": message(metrics[name], "upload"),
+                "sent to a client": report.human_bytes(int(metrics[name]["traffic"].down.max())),
+                "by it": report.human_bytes(int(metrics[name]["traffic"].up.max())),
             }
         )
     print(report.table(f"A round of {COHORT} clients of {EACH} examples, 2NN, median of {chosen.turns}", rows))
-
-
-def message(metrics: dict, way: str) -> str:
-    """Bytes of one message, if any was sent."""
-    return report.human_bytes(int(metrics[f"{way}_bytes"]) if int(metrics[f"{way}s"]) else 0)
 
 
 if __name__ == "__main__":

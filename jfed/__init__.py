@@ -11,7 +11,7 @@
     data        populations, partitions, sets
     models      small models, losses, adapters
     run         many rounds, evaluation
-    report, checkpoint, plot, experiment        run folders, resuming, pictures, scripts
+    report, ledger, checkpoint, plot, experiment        run folders, bytes, resuming, pictures, scripts
     launch      a script as several processes
 
 Modules are loaded when first asked for.
@@ -33,6 +33,7 @@ _MODULES = (
     "data",
     "experiment",
     "launch",
+    "ledger",
     "local",
     "mesh",
     "models",

@@ -3,4 +3,4 @@
 NOBODY is the id of an empty slot where the number of clients is not known.
 """
 
-SERVER, UPLINK, NOBODY, CLOCK, STOPWATCH, PUBLIC, TEACH = (2**31 - i for i in range(1, 8))
+SERVER, UPLINK, NOBODY, CLOCK, STOPWATCH, PUBLIC, TEACH, DOWNLINK = (2**31 - i for i in range(1, 9))

@@ -43,6 +43,14 @@ class Cohort(NamedTuple):
     state: Tree = ()  # leaves [C, ...], what a method remembers of each client
 
 
+class Traffic(NamedTuple):
+    """Bytes of a round, client by client; all 0 of those that sent or were sent nothing."""
+
+    ids: jax.Array  # [C] int32, as in the cohort
+    up: jax.Array  # [C] uint32, sent by the client; float32 from 4 GiB on
+    down: jax.Array  # [C] uint32, sent to the client; float32 from 4 GiB on
+
+
 Sampler = Callable[[Population, jax.Array, jax.Array], Cohort]
 """`(population, key, t) -> Cohort`: who takes part in round t; see `jfed.sampling`."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jfed import _machine, _validate, checkpoint, clients, mesh, plot, report
+from jfed import _machine, _validate, checkpoint, clients, ledger, mesh, plot, report
 from jfed.core import Algorithm, ClientMap, Population, Sampler, Tree
 from jfed.data import Source
 from jfed.run import iterate, stream
@@ -212,7 +212,7 @@ def record(
     description: str = "training",
     streaming: dict[str, Any] | None = None,
 ) -> Iterator[tuple[dict, Tree]]:
-    """Like `run.iterate`, or `run.stream`, with a progress bar, metrics and checkpoints in a run folder.
+    """Like `run.iterate`, or `run.stream`, with a progress bar, metrics, checkpoints and a ledger in a run folder.
 
     A run killed at any moment and called again with the same arguments takes up its last checkpoint
     and ends in the same bits. The first yield of a resumed run repeats the row it stopped at.
@@ -220,7 +220,7 @@ def record(
     A row holds `round`; the judge's results; `train_loss`, the algorithm's last `loss`; the sums since
     the row before of its `reports`, `dropped` and `steps`, where it has such metrics; `bytes_up` and
     `bytes_down`, sent by and to all clients since the run began; and `seconds` spent, resumed parts
-    added up.
+    added up. At the end `bytes_by_client.csv` says what each client sent and was sent.
 
     Args:
       run: from `report.open_run(..., resume=...)`.
@@ -247,15 +247,16 @@ def record(
             f"record(streaming={streaming}): the population is on the device; leave it out, or pass a Source."
         )
     state, start = algorithm.init(params), 0
+    sent = ledger.empty(population.size.shape[0])
     row = {"round": 0, "bytes_up": 0, "bytes_down": 0, "seconds": 0.0}
     if checkpoint.latest(run.checkpoints) is not None:
-        start, saved = checkpoint.restore(run.checkpoints, {"state": state, "key": key})
+        start, saved = checkpoint.restore(run.checkpoints, {"state": state, "key": key, "ledger": sent})
         if not np.array_equal(jax.random.key_data(saved["key"]), jax.random.key_data(key)):
             raise ValueError(
                 f"record({run.folder}): its checkpoint was made with another key; resume with that key, "
                 "or choose another folder."
             )
-        state = saved["state"]
+        state, sent = saved["state"], saved["ledger"]
     report.rewind(run, start)
     if start:
         row = report.rows(run.folder)[-1]
@@ -270,16 +271,22 @@ def record(
     with report.progress(rounds, description, start=start, writer=run.writer) as advance:
         for moment in moments:
             done = moment.round - row["round"]
+            if "traffic" in moment.metrics:
+                sent = ledger.add(sent, moment.metrics["traffic"])
             row = {
                 "round": moment.round,
                 **{name: float(value) for name, value in judge(algorithm.params(moment.state)).items()},
-                **_totals(moment.metrics, row),
+                **_totals(moment.metrics),
+                "bytes_up": int(sent.up.sum()),
+                "bytes_down": int(sent.down.sum()),
                 "seconds": round(time.monotonic() - began, 3),
             }
             report.log(run, row)
-            checkpoint.save(run.checkpoints, moment.round, {"state": moment.state, "key": key})
+            checkpoint.save(run.checkpoints, moment.round, {"state": moment.state, "key": key, "ledger": sent})
             shown = {name: row[name] for name in ("loss", "accuracy", "dropped") if row.get(name)}
             advance(done, **shown)
+            if moment.round == rounds and run.writer:
+                ledger.write(sent, run.folder)
             yield row, algorithm.params(moment.state)
 
 
@@ -307,19 +314,10 @@ def _mean(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     return mean
 
 
-def _totals(metrics: dict, before: dict) -> dict[str, Any]:
-    """A row's share of the metrics of the rounds since the row before, on the host, in whole numbers."""
-    metrics = jax.tree.map(np.asarray, metrics)
+def _totals(metrics: dict) -> dict[str, Any]:
+    """A row's share of the metrics of the rounds since the row before, on the host."""
+    metrics = {name: np.asarray(metrics[name]) for name in ("loss", "reports", "dropped", "steps") if name in metrics}
     totals: dict[str, Any] = {}
     if "loss" in metrics:
-        totals["train_loss"] = float(metrics["loss"][-1])
-    for name in ("reports", "dropped", "steps"):
-        if name in metrics:
-            totals[name] = int(metrics[name].sum())
-    for way, name in (("up", "upload"), ("down", "download")):
-        if f"{name}s" in metrics:
-            # Python integers: a run's bytes pass 2**32 soon.
-            messages = zip(metrics[f"{name}s"], metrics[f"{name}_bytes"], strict=True)
-            sent = sum(int(count) * int(nbytes) for count, nbytes in messages)
-            totals[f"bytes_{way}"] = before[f"bytes_{way}"] + sent
-    return totals
+        totals["train_loss"] = float(metrics.pop("loss")[-1])
+    return totals | {name: int(values.sum()) for name, values in metrics.items()}

@@ -11,7 +11,7 @@ from problem import PARAMS, POPULATION
 from jfed import checkpoint, data, experiment, local, report, run, sampling
 from jfed.algorithms import fedavgm
 from jfed.clients import lanes
-from jfed.core import Algorithm
+from jfed.core import Algorithm, Traffic
 
 KEY = jax.random.key(2)
 WORK = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4)
@@ -114,14 +114,14 @@ def test_bytes_past_32_bits_are_counted(tmp_path):
         init=lambda params: jnp.zeros(()),
         round=lambda state, cohort, key: (
             state,
-            {"uploads": jnp.int32(1000), "upload_bytes": np.uint32(3_000_000_000), "downloads": jnp.int32(0),
-             "download_bytes": np.uint32(8)},
+            {"traffic": Traffic(cohort.ids, up=jnp.full(cohort.ids.shape, 3_000_000_000, jnp.uint32),
+                                down=jnp.zeros(cohort.ids.shape, jnp.uint32))},
         ),
         params=lambda state: state,
     )  # fmt: skip
     opened = report.open_run(tmp_path / "run", {})
     rows = [row for row, _ in experiment.record(opened, huge, SAMPLER, POPULATION, PARAMS, KEY, rounds=3, every=3)]
-    assert (rows[-1]["bytes_up"], rows[-1]["bytes_down"]) == (9_000_000_000_000, 0)
+    assert (rows[-1]["bytes_up"], rows[-1]["bytes_down"]) == (45_000_000_000, 0)
     assert checkpoint.latest(opened.checkpoints) == 3
 
 

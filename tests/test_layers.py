@@ -10,7 +10,7 @@ import pytest
 HOUSE = Path(__file__).parents[1] / "jfed"
 GROUND = {"core", "tree", "mesh", "shuffle", "_fusion", "_machine", "_noise", "_streams", "_validate"}
 FIRST = {"aggregate", "availability", "clients", "compress", "local", "sampling"}
-TOP = {"run", "experiment", "checkpoint", "report", "plot", "launch", "_leaves", "_terminal"}
+TOP = {"run", "experiment", "checkpoint", "report", "ledger", "plot", "launch", "_leaves", "_terminal"}
 MAY_IMPORT = (
     {room: GROUND | {room} for room in GROUND | FIRST}
     | {"algorithms": GROUND | FIRST | {"algorithms"}}

@@ -6,6 +6,7 @@ from jfed.algorithms.afl import afl
 from jfed.algorithms.apfl import apfl
 from jfed.algorithms.baselines import centralised, local_only, pooled
 from jfed.algorithms.ditto import ditto
+from jfed.algorithms.downlink import DownlinkState, compressed_downlink
 from jfed.algorithms.fedasync import fedasync
 from jfed.algorithms.fedavg import fedavg, fedavgm, fedsgd
 from jfed.algorithms.fedbuff import fedbuff
@@ -15,6 +16,7 @@ from jfed.algorithms.federated import FederatedState, federated
 from jfed.algorithms.fedmd import fedmd
 from jfed.algorithms.fednova import fednova
 from jfed.algorithms.fedprox import fedprox
+from jfed.algorithms.fetchsgd import fetchsgd
 from jfed.algorithms.ifca import ifca
 from jfed.algorithms.mime import mime, mimelite
 from jfed.algorithms.partial import fedbn, fedper, fedrep, lg_fedavg, partially_local
@@ -24,11 +26,13 @@ from jfed.algorithms.qfedavg import qfedavg
 from jfed.algorithms.scaffold import scaffold
 
 __all__ = [
+    "DownlinkState",
     "FederatedState",
     "Kind",
     "afl",
     "apfl",
     "centralised",
+    "compressed_downlink",
     "ditto",
     "fedadagrad",
     "fedadam",
@@ -47,6 +51,7 @@ __all__ = [
     "fedrep",
     "fedsgd",
     "fedyogi",
+    "fetchsgd",
     "ifca",
     "lg_fedavg",
     "local_only",

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from jfed import _streams, _validate
-from jfed.core import Algorithm, ClientWork, Cohort, Tree
+from jfed.core import Algorithm, ClientWork, Cohort, Traffic, Tree
 
 
 class Kind(NamedTuple):
@@ -73,19 +73,16 @@ def train(loss: Callable, optimizer, params: Tree, key, x, target, epochs: int, 
 
 
 def together(metrics: list[dict]) -> dict:
-    """A round's metrics over all kinds: the loss is the mean by reports, bytes those of a mean message, rounded up."""
-    total = {name: sum(m[name] for m in metrics) for name in ("reports", "dropped", "steps", "downloads", "uploads")}
+    """A round's metrics over all kinds: the loss is the mean by reports."""
+    total = {name: sum(m[name] for m in metrics) for name in ("reports", "dropped", "steps")}
     reports = jnp.stack([m["reports"] for m in metrics])
     losses = jnp.stack([m["loss"] for m in metrics])
     present = reports > 0
     present &= jnp.isfinite(losses)
     loss = jnp.sum(jnp.where(present, reports * losses, 0.0)) / jnp.maximum(jnp.sum(jnp.where(present, reports, 0)), 1)
-    sent = {}
-    for way in ("download", "upload"):
-        counts = jnp.stack([m[f"{way}s"] for m in metrics]).astype(jnp.float32)
-        nbytes = jnp.array([float(m[f"{way}_bytes"]) for m in metrics])
-        sent[f"{way}_bytes"] = jnp.ceil(jnp.sum(counts * nbytes) / jnp.maximum(jnp.sum(counts), 1)).astype(jnp.uint32)
-    return {"loss": jnp.where(jnp.any(present), loss, jnp.nan), **total, **sent}
+    kinds = [m["traffic"] for m in metrics]  # a client is of one kind, and 0 in the others
+    traffic = Traffic(kinds[0].ids, up=sum(t.up for t in kinds), down=sum(t.down for t in kinds))
+    return {"loss": jnp.where(jnp.any(present), loss, jnp.nan), **total, "traffic": traffic}
 
 
 def check(

@@ -7,7 +7,7 @@ import optax
 
 from jfed import tree
 from jfed.algorithms._work import optimizer_of, same, specialised
-from jfed.core import Algorithm, ClientWork, Population
+from jfed.core import Algorithm, ClientWork, Population, Traffic
 
 
 def local_only(work: ClientWork, *, num_clients: int, **options) -> Algorithm:
@@ -49,8 +49,8 @@ def local_only(work: ClientWork, *, num_clients: int, **options) -> Algorithm:
 
     def round_fn(state, cohort, key):
         state, metrics = inner.round(state, cohort, key)
-        nothing = jnp.zeros((), jnp.int32)
-        return state, metrics | {"downloads": nothing, "uploads": nothing}
+        nothing = jnp.zeros(cohort.ids.shape, jnp.uint32)
+        return state, metrics | {"traffic": Traffic(cohort.ids, nothing, nothing)}
 
     return inner._replace(
         round=round_fn,

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jfed import _streams, _validate, tree
+from jfed import _streams, _validate, compress, tree
 from jfed.clients import lanes
-from jfed.core import Algorithm, ClientMap, ClientWork, Cohort, Shared, Tree
+from jfed.core import Algorithm, ClientMap, ClientWork, Cohort, Shared, Traffic, Tree
 
 
 class FederatedState(NamedTuple):
@@ -58,9 +58,8 @@ def federated(
 
     The metrics of a round: `"loss"`, the mean over the examples that reporting clients trained on
     (NaN if there were none, clients whose own loss was not finite left out); `"reports"`, clients
-    averaged; `"dropped"`; `"steps"`, local steps done by all; `"downloads"` and `"uploads"`, messages
-    sent to and by clients; `"download_bytes"` and `"upload_bytes"`, bytes of ONE such message (uint32;
-    from 4 GiB on float32).
+    averaged; `"dropped"`; `"steps"`, local steps done by all; `"traffic"`, bytes sent to and by each client, a
+    `core.Traffic`: a client that holds data is sent the model, one of weight 0 sends nothing.
 
     Transforms may take the extra arguments `key` and `round` (rounds completed before this one); the
     uplink's key is the client's own; the server is also given `reports`, `weight`, the sum of theirs, and `extra`, what
@@ -70,8 +69,9 @@ def federated(
       work: keeps the pseudo-gradient and adds `{"loss", "examples"}`; see `jfed.local`.
       server: sees the aggregated pseudo-gradient; by default `optax.sgd(1.0)`.
       uplink: sees each client's pseudo-gradient once a round, and as its params the global model, or what `message`
-        makes of it; its state is per client and persists. By default the pseudo-gradient is sent as it is. Methods
-        that send more than one thing hand it each that is as large as the model, by itself.
+        makes of it; its state is per client and persists. Its messages, see `jfed.compress`, are decoded before they
+        are averaged. By default the pseudo-gradient is sent as it is. Methods that send more than one thing hand it
+        each that is as large as the model, by itself.
       aggregator: maps stacked messages [C, ...] to their aggregate, see `jfed.aggregate`. By default the
         weighted mean, formed as clients finish, without a stack.
       client_map: how clients run; by default `lanes(16)`.
@@ -82,7 +82,7 @@ def federated(
         not those of `params`; the server makes updates of the model out of their aggregate.
       broadcast: `(state of the server, shared, clients) -> tree`, what everybody is sent besides the model;
         the work finds it in `shared.extra`.
-      decode: `(message, shared) -> tree`, makes what is averaged out of a message.
+      decode: `(message, shared) -> tree`, makes what is averaged out of a decoded message.
 
     Raises:
       ValueError: at `init`, if clients are remembered and `num_clients` is missing.
@@ -105,6 +105,10 @@ def federated(
         _validate.at_least_one("federated", "num_clients", num_clients, "it is the number of clients in the population")
     message = _same if message is None else message
     decode = (lambda message, shared: message) if decode is None else decode
+
+    def arrived(sent: Tree, shared: Shared) -> Tree:
+        """What is averaged."""
+        return decode(sent if sent_as_is else compress.decode(sent), shared)
 
     def init_fn(params: Tree) -> FederatedState:
         params = jax.tree.map(jnp.asarray, params)
@@ -142,7 +146,7 @@ def federated(
 
     def finish_fn(shared: Shared, client: Cohort, carry: Tree) -> tuple[Tree, Tree]:
         update, sent, remembered, trained = send(shared, client, carry)
-        decoded = decode(sent, shared)
+        decoded = arrived(sent, shared)
         weighted = jax.tree.map(lambda m: client.weight * m, decoded)
         # A message that is not finite is not finite weighted either; without an uplink the update is the message.
         checked = (weighted, remembered) if sent_as_is else (update, weighted, remembered)
@@ -184,7 +188,12 @@ def federated(
         kept, added = client_map(whole, shared, clients)
 
         given = {"key": jax.random.fold_in(key, _streams.SERVER), "round": state.round}
-        like = jax.eval_shape(lambda shared: decode(message(shared.params), shared), shared)
+        one = jax.eval_shape(lambda c: tree.take(c, 0), clients)
+        sent = jax.eval_shape(lambda s, c: send(s, c, work.start(s, seen(c)))[1], shared, one)
+        # In the dtypes of what was to be sent, unless the uplink made something else of it.
+        like = jax.eval_shape(lambda s: decode(message(s.params), s), shared)
+        received = jax.eval_shape(arrived, sent, shared)
+        like = like if jax.tree.structure(like) == jax.tree.structure(received) else received
         if aggregator is None:
             total = jnp.where(added["weight"] > 0, added["weight"], 1.0)
             mean = jax.tree.map(lambda m, p: (m / total).astype(p.dtype), added["message"], like)
@@ -210,24 +219,19 @@ def federated(
         if memory is None:
             everyone["memory"] = kept["remembered"]["memory"] = ()
         everyone = tree.put(everyone, row, kept["remembered"])
-        return FederatedState(*after, **everyone, round=state.round + 1), metrics_fn(shared, clients, added)
-
-    def metrics_fn(shared: Shared, clients: Cohort, added: dict) -> dict:
-        def message_of(shared, client):
-            return send(shared, client, work.start(shared, seen(client)))[1]
-
-        sent = jax.eval_shape(message_of, shared, jax.eval_shape(lambda c: tree.take(c, 0), clients))
         examples = added["trained"]["examples"]
-        return {
+        metrics = {
             "loss": jnp.where(examples > 0, added["trained"]["loss"] / jnp.maximum(examples, 1), jnp.nan),
             "reports": added["reports"],
             "dropped": added["dropped"],
             "steps": jnp.sum(clients.steps),
-            "downloads": jnp.sum(clients.size > 0, dtype=jnp.int32),
-            "uploads": jnp.sum(clients.weight != 0, dtype=jnp.int32),
-            "download_bytes": count_bytes(tree.nbytes((shared.params, shared.extra))),
-            "upload_bytes": count_bytes(tree.nbytes(sent)),
+            "traffic": Traffic(
+                cohort.ids,
+                up=count_bytes(tree.nbytes(sent), cohort.weight != 0),
+                down=count_bytes(tree.nbytes((shared.params, shared.extra)), cohort.size > 0),
+            ),
         }
+        return FederatedState(*after, **everyone, round=state.round + 1), metrics
 
     return Algorithm(init=init_fn, round=round_fn, params=lambda state: state.params)
 
@@ -236,6 +240,7 @@ def _same(tree: Tree) -> Tree:
     return tree
 
 
-def count_bytes(nbytes: int) -> np.uint32 | np.float32:
-    """A count that fits a metric: exact below 4 GiB."""
-    return np.uint32(nbytes) if nbytes < 2**32 else np.float32(nbytes)
+def count_bytes(nbytes: int, whom: jax.Array) -> jax.Array:
+    """Bytes of a message for each client of `whom` [C] that it went to or came from: exact below 4 GiB."""
+    count = np.uint32(nbytes) if nbytes < 2**32 else np.float32(nbytes)
+    return jnp.where(whom, count, jnp.zeros((), count.dtype))

@@ -17,8 +17,9 @@ import optax
 from jfed import _streams, tree
 from jfed.algorithms._kinds import ByKind, Kind, check, init_of, only, public_rows, together, train
 from jfed.algorithms._work import same, specialised
+from jfed.algorithms.federated import count_bytes
 from jfed.clients import lanes
-from jfed.core import Algorithm, ClientWork, Cohort, Shared, Tree
+from jfed.core import Algorithm, ClientWork, Cohort, Shared, Traffic, Tree
 
 
 def fedmd(
@@ -132,8 +133,10 @@ def fedmd(
         for algorithm, s, part in zip(inner, state.kinds, parts, strict=True):
             s, m = algorithm.round(s._replace(server=taught), part, key)
             after.append(s._replace(server=()))
-            sent = np.uint32(tree.nbytes(taught["scores"]))
-            metrics.append(m | {"download_bytes": sent + np.uint32(tree.nbytes(rows)), "upload_bytes": sent})
+            sent = tree.nbytes(taught["scores"])
+            up = count_bytes(sent, part.weight != 0)
+            down = count_bytes(sent + tree.nbytes(rows), part.size > 0)
+            metrics.append(m | {"traffic": Traffic(cohort.ids, up, down)})
         return ByKind(tuple(after)), together(metrics)
 
     def personal(state: ByKind, i: int) -> Tree:

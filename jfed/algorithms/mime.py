@@ -110,8 +110,9 @@ def mime(work: ClientWork, **options) -> Algorithm:
 
     def round_fn(state: FederatedState, cohort: Cohort, key: jax.Array) -> tuple[FederatedState, dict]:
         after, metrics = whole_round.round(state, cohort, key)
-        sent = int(metrics["upload_bytes"]) + tree.nbytes(state.params)  # the gradient, before c is known
-        return after, metrics | {"upload_bytes": count_bytes(sent)}
+        traffic = metrics["traffic"]
+        gradient = count_bytes(tree.nbytes(state.params), cohort.weight != 0)  # before c is known
+        return after, metrics | {"traffic": traffic._replace(up=traffic.up + gradient)}
 
     return whole_round._replace(round=round_fn)
 

@@ -6,8 +6,9 @@
     top_k  random_k  threshold  ternary           few numbers of many
     rotate  drive  eden                           random rotation
     power_sgd  count_sketch  fetch_sgd            low rank, sketches
+    prune  cubic  frozen_zeros  kernels           weights that become zero and stay so
     error_feedback  ef21  ef21_server  momentum_correction
-    over_tree  decode  decoded  nbytes            the model as one vector; what a message stands for and weighs
+    over_tree  decode  decoded  undecoded  nbytes the model as one vector; what a message stands for and weighs
 
 Links are chained: `optax.chain(top_k(0.01), quantize(4))` quantizes what was kept.
 """
@@ -15,8 +16,20 @@ Links are chained: `optax.chain(top_k(0.01), quantize(4))` quantizes what was ke
 from jfed.compress.count_sketch import count_sketch, fetch_sgd
 from jfed.compress.feedback import ef21, ef21_server, error_feedback, momentum_correction
 from jfed.compress.floats import low_precision, natural
-from jfed.compress.message import Decoder, Encoded, Source, decode, decoded, nbytes, nodes, operator, over_tree
+from jfed.compress.message import (
+    Decoder,
+    Encoded,
+    Source,
+    decode,
+    decoded,
+    nbytes,
+    nodes,
+    operator,
+    over_tree,
+    undecoded,
+)
 from jfed.compress.power_sgd import power_sgd
+from jfed.compress.prune import cubic, frozen_zeros, kernels, prune
 from jfed.compress.quantize import lloyd_max, qsgd, quantize, terngrad
 from jfed.compress.rotate import drive, eden, rotate
 from jfed.compress.sign import majority_vote, scaled_sign, sign
@@ -27,6 +40,7 @@ __all__ = [
     "Encoded",
     "Source",
     "count_sketch",
+    "cubic",
     "decode",
     "decoded",
     "drive",
@@ -35,6 +49,8 @@ __all__ = [
     "ef21_server",
     "error_feedback",
     "fetch_sgd",
+    "frozen_zeros",
+    "kernels",
     "lloyd_max",
     "low_precision",
     "majority_vote",
@@ -45,6 +61,7 @@ __all__ = [
     "operator",
     "over_tree",
     "power_sgd",
+    "prune",
     "qsgd",
     "quantize",
     "random_k",
@@ -55,4 +72,5 @@ __all__ = [
     "terngrad",
     "threshold",
     "top_k",
+    "undecoded",
 ]

@@ -60,11 +60,16 @@ def positions(words: jax.Array, k: int, d: int) -> jax.Array:
     return jnp.where(found, 32 * word + place, d)
 
 
+def kth_magnitude(x: jax.Array, k: jax.Array) -> jax.Array:
+    """The k-th largest magnitude of `x` [d], as float32; k may be traced."""
+    return lax.bitcast_convert_type(_kth(_magnitude(x), k), jnp.float32)
+
+
 def _magnitude(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 0x7FFFFFFF
 
 
-def _kth(b: jax.Array, k: int) -> jax.Array:
+def _kth(b: jax.Array, k: int | jax.Array) -> jax.Array:
     """A threshold that at least k reach, and exactly k unless the k-th largest is met more than once."""
 
     def narrow(carry):

@@ -68,7 +68,7 @@ def fetch_sgd(
     which is applied. Its sketch is taken out of S_e, and S_u forgets the buckets it lies in.
 
     Args:
-      sketch: what clients send, `over_tree(count_sketch(...))` or `count_sketch(...)`; its messages arrive undecoded.
+      sketch: what clients send, `over_tree(count_sketch(...))` or `count_sketch(...)`, whose messages arrive `undecoded`.
       learning_rate: 1 applies what clients trained.
       fraction: of all numbers of the model, how many are applied a round, in (0, 1].
       momentum: in [0, 1]; 0 for none.
@@ -90,6 +90,8 @@ def fetch_sgd(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
+        # They come without the nodes they were in.
+        updates = jax.tree.unflatten(jax.tree.structure(state.error), jax.tree.leaves(updates))
         u = jax.tree.map(lambda u, s: momentum * u + s, state.momentum, updates)
         e = jax.tree.map(lambda e, u: e + learning_rate * u, state.error, u)
         estimate = decode(e)

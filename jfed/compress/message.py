@@ -99,6 +99,26 @@ def decoded() -> optax.GradientTransformation:
     )
 
 
+def undecoded() -> optax.GradientTransformation:
+    """The last link of an uplink whose messages are added up as they are: arrays alone, which nobody decodes.
+
+    Raises:
+      ValueError: at `update`, if a message is not linear.
+    """
+
+    def bare(node):
+        if not is_encoded(node):
+            return node
+        if node.rest or not node.decoder.linear:
+            raise ValueError(f"undecoded(): messages of {node.decoder.name} cannot be added up; decode them.")
+        return undecoded_tree(node.payload)
+
+    def undecoded_tree(message):
+        return jax.tree.map(bare, message, is_leaf=is_encoded)
+
+    return optax.stateless(lambda message, params: undecoded_tree(message))
+
+
 def operator(
     name: str, encode: Callable[[jax.Array, Source], Encoded], *, draws: bool = False, shares: bool = False
 ) -> optax.GradientTransformationExtraArgs:

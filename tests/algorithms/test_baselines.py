@@ -23,7 +23,7 @@ def test_alone_every_client_goes_on_from_where_it_was():
             g = problem.numpy_gradient(w, *problem.examples_of(i).values())
             w = {k: w[k] - 0.2 * g[k] for k in w}
         problem.close(algorithm.personal(state, i), w)
-    assert int(metrics["uploads"]) == int(metrics["downloads"]) == 0 and int(metrics["reports"]) == 2
+    assert int(metrics["traffic"].up.sum()) == int(metrics["traffic"].down.sum()) == 0 and int(metrics["reports"]) == 2
 
 
 def test_centralised_training_is_gradient_descent_whose_momentum_lasts():

@@ -125,7 +125,7 @@ def test_an_update_that_is_not_finite_is_dropped_and_counted():
     state, metrics = algorithm.round(algorithm.init(PARAMS), cohort_of([3, 5, 7], WORK), KEY)
     without, _ = clean.round(clean.init(PARAMS), cohort_of([3, 7], WORK), KEY)
     problem.close(state.params, without.params)
-    assert (int(metrics["dropped"]), int(metrics["reports"]), int(metrics["uploads"])) == (1, 2, 3)
+    assert (int(metrics["dropped"]), int(metrics["reports"]), int((metrics["traffic"].up > 0).sum())) == (1, 2, 3)
     assert np.isfinite(metrics["loss"])
 
 
@@ -167,8 +167,10 @@ def test_messages_and_bytes_are_counted_truthfully():
     cohort = cohort_of([3, 12, 7, 1], WORK)
     _, metrics = algorithm.round(algorithm.init(PARAMS), cohort._replace(weight=cohort.weight.at[0].set(0.0)), KEY)
     numbers = 4 * 3 + 3
-    assert (int(metrics["download_bytes"]), int(metrics["upload_bytes"])) == (4 * numbers, 2 * numbers)
-    assert (int(metrics["downloads"]), int(metrics["uploads"])) == (3, 2)
+    ids, up, down = metrics["traffic"]
+    assert ids.tolist() == [3, 12, 7, 1]
+    assert up.tolist() == [0, 0, 2 * numbers, 2 * numbers]  # the first weighs nothing, the second is an empty slot
+    assert down.tolist() == [4 * numbers, 0, 4 * numbers, 4 * numbers]
     assert int(metrics["steps"]) == 2 * (3 + 2 + 1)
 
 
@@ -284,7 +286,7 @@ def test_messages_of_four_gigabytes_are_counted():
     algorithm = fedsgd(work, learning_rate=0.1)
     state = jax.eval_shape(algorithm.init, huge)
     _, metrics = jax.eval_shape(algorithm.round, state, cohort_of([1], work), KEY)
-    assert metrics["upload_bytes"].dtype == jnp.float32
+    assert metrics["traffic"].up.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

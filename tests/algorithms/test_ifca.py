@@ -47,7 +47,7 @@ def test_each_cluster_is_the_fedavg_of_those_that_took_it():
         problem.close(jax.tree.map(lambda p, j=j: p[j], state.params), expected.params)
     problem.close(jax.tree.map(lambda p: p[1], state.params), nobodys, tolerance=0)
     numbers = 4 * (4 * 3 + 3)
-    assert int(metrics["download_bytes"]) == 3 * numbers and int(metrics["upload_bytes"]) == numbers + 4 * 3
+    assert int(metrics["traffic"].down[0]) == 3 * numbers and int(metrics["traffic"].up[0]) == numbers + 4 * 3
 
 
 def test_it_finds_the_clusters_there_are():

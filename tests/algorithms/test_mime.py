@@ -79,8 +79,8 @@ def test_bytes_count_statistics_and_gradients():
     work = local.sgd(problem.loss, optax.sgd(0.2, momentum=0.9), batch_size=4)
     _, lite = rounds(mimelite(work), work)
     _, whole = rounds(mime(work), work)
-    assert (int(lite["download_bytes"]), int(lite["upload_bytes"])) == (2 * numbers, 2 * numbers)
-    assert (int(whole["download_bytes"]), int(whole["upload_bytes"])) == (3 * numbers, 2 * numbers)
+    assert (int(lite["traffic"].down[0]), int(lite["traffic"].up[0])) == (2 * numbers, 2 * numbers)
+    assert (int(whole["traffic"].down[0]), int(whole["traffic"].up[0])) == (3 * numbers, 2 * numbers)
 
 
 def test_a_client_whose_gradient_is_not_finite_spoils_nothing():

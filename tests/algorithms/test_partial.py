@@ -47,7 +47,7 @@ def test_local_leaves_stay_with_their_client_and_the_others_are_averaged():
 
 def test_local_leaves_cost_no_bytes():
     _, metrics = rounds(fedper(WORK, is_local=is_bias, num_clients=12))
-    assert int(metrics["upload_bytes"]) == int(metrics["download_bytes"]) == 4 * 12
+    assert int(metrics["traffic"].up[0]) == int(metrics["traffic"].down[0]) == 4 * 12
 
 
 def test_a_client_absent_from_a_round_keeps_its_leaves():

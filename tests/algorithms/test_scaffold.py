@@ -73,7 +73,7 @@ def test_c_stays_the_mean_of_all_variates_whoever_takes_part_and_whatever_it_wei
         state, metrics = advance(state, cohort_of(ids, WORK), jax.random.fold_in(KEY, t))
     problem.close(state.server["c"], jax.tree.map(lambda m: m.mean(0), state.memory))
     numbers = 4 * 3 + 3
-    assert int(metrics["upload_bytes"]) == int(metrics["download_bytes"]) == 2 * 4 * numbers
+    assert int(metrics["traffic"].up[0]) == int(metrics["traffic"].down[0]) == 2 * 4 * numbers
 
 
 def test_links_that_look_at_the_whole_gradient_do_not_see_the_measuring():

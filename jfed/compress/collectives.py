@@ -1,0 +1,340 @@
+"""All-reduces that send messages: the sum over devices of what they hold, with compressed bytes on the wire.
+
+Every one is called as `all_reduce(tree, axis_name, key=, round=)` and returns the sum over the axis, as `lax.psum`
+does, the same bits on all devices; the caller divides. The text runs in `jfed.mesh.shard_map` over devices and in
+`vmap(axis_name=)` on one device.
+
+    gathered    everybody gets everybody's message                           one error, few devices
+    two_shot    each device adds up one chunk, and sends the sum compressed  two errors
+    ring        a chunk's sum grows on the way from device to device         n errors, neighbours only
+    summed      linear messages are added up undecoded                       one error, any number of devices
+
+A `key` is the same on all devices, which fold in their index; hops of a chunk draw anew, also from `round`.
+
+Letters: n devices, d numbers, b(d) bytes of a message of d numbers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from jfed import _noise
+from jfed.compress.message import decode, is_encoded, nodes
+from jfed.core import Tree
+
+
+class AllReduce(Protocol):
+    """Sums a tree over a named axis, for code that takes the way of doing so as an argument."""
+
+    def __call__(
+        self, tree: Tree, axis_name: str, *, key: jax.Array | None = None, round: jax.Array | int | None = None
+    ) -> Tree:
+        """The sum over the axis, of the shapes and dtypes of `tree`."""
+
+
+def gathered(compressor: optax.GradientTransformation) -> AllReduce:
+    """Every device sends its message to all, and each decodes and adds up all n.
+
+    Guarantees:
+      * The error is the sum of n errors of the compressor: unbiased if that is.
+
+    On the wire: b(d) bytes a device, to each of n - 1 others.
+
+    Args:
+      compressor: one without state, or an `optax.chain` of several; in `over_tree`, for one message of the model.
+
+    Raises:
+      ValueError: if it is none; at the call, when traced, if it has state.
+
+    >>> from jfed import compress
+    >>> total = gathered(compress.scaled_sign())
+    >>> jax.vmap(lambda x: total(x, "devices"), axis_name="devices")(jnp.array([[1.0, -3.0], [1.0, 1.0]]))
+    Array([[ 3., -1.],
+           [ 3., -1.]], dtype=float32)
+    """
+    encode = _encoder("gathered", compressor)
+
+    def all_reduce(tree, axis_name, *, key=None, round=None):
+        message = encode(tree, own_key(key, axis_name), round)
+        return _as(tree, added(gather(message, axis_name)))
+
+    return all_reduce
+
+
+def two_shot(compressor: optax.GradientTransformation) -> AllReduce:
+    """Each device adds up a chunk of the tree for all, and sends them the sum, compressed again.
+
+    All floating leaves are laid end to end as one vector of float32, cut into n chunks of equal length, the shorter
+    ones filled up by one 0.
+
+    Guarantees:
+      * The error is that of n messages and of the one that their sum is sent as: unbiased if the compressor is.
+      * Leaves of integers are added up exactly, uncompressed.
+
+    On the wire: 2 (n - 1) b(d / n) bytes a device, in an all-to-all and an all-gather.
+
+    Args:
+      compressor: as in `gathered`.
+
+    Raises:
+      ValueError: as `gathered`.
+    """
+    encode = _encoder("two_shot", compressor)
+
+    def sum_vector(x, axis_name, key, round):
+        n = lax.axis_size(axis_name)
+        first, second = hop_key(key, 0), hop_key(key, 1)
+        keys = None if key is None else jax.random.split(first, n)
+        messages = jax.vmap(lambda c, k: encode(c, k, hop_round(round, 0)))(cut(x, n), keys)
+        total = added(exchange(messages, axis_name))
+        message = encode(total, second, hop_round(round, 1))
+        return uncut(jax.vmap(decode)(gather(message, axis_name)), x.size)
+
+    return _over_vector(sum_vector)
+
+
+def ring(compressor: optax.GradientTransformation) -> AllReduce:
+    """The quantized ring: chunks pass from device to device, each adds its own and encodes the sum anew.
+
+    After n - 1 hops a chunk is summed; its message then goes round once more, the same bytes to all. Chunks are those
+    of `two_shot`.
+
+    Guarantees:
+      * The errors of n encodings of growing sums add up: unbiased if the compressor is, but larger than `two_shot`'s.
+      * Leaves of integers are added up exactly, uncompressed.
+
+    On the wire: 2 (n - 1) b(d / n) bytes a device, each hop to the next neighbour only.
+
+    Args:
+      compressor: as in `gathered`.
+
+    Raises:
+      ValueError: as `gathered`.
+    """
+    encode = _encoder("ring", compressor)
+
+    def sum_vector(x, axis_name, key, round):
+        n, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
+        chunks = cut(x, n)
+
+        def own(hop):
+            return chunks[(me - hop - 1) % n]
+
+        def passed_on(message):
+            return _moved(
+                lambda y: lax.ppermute(y, axis_name, [(i, (i + 1) % n) for i in range(n)]), message, axis_name
+            )
+
+        def add(total, hop):
+            message = passed_on(encode(total, hop_key(key, hop), hop_round(round, hop)))
+            return decode(message) + own(hop + 1), None
+
+        def forward(message, _):
+            message = passed_on(message)
+            return message, message
+
+        total, _ = lax.scan(add, own(0), jnp.arange(n - 1))
+        message = encode(total, hop_key(key, n - 1), hop_round(round, n - 1))
+        _, others = lax.scan(forward, message, length=n - 1)
+        # Every device must decode the same bytes in the same place, for the same bits: first those of chunk 0.
+        latest = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), message, others)
+        in_order = jax.tree.map(lambda y: y[(me - jnp.arange(n)) % n], latest)
+        return uncut(jax.vmap(decode)(in_order), x.size)
+
+    return _over_vector(sum_vector)
+
+
+def summed(compressor: optax.GradientTransformation) -> AllReduce:
+    """Adds up linear messages with `lax.psum`, and decodes their sum once.
+
+    Guarantees:
+      * The sum is what one sender would have made of the sum: its error does not grow with n.
+
+    On the wire: 2 (n - 1) / n b(d) bytes a device, as for any all-reduce of b(d).
+
+    Args:
+      compressor: `random_k`, `count_sketch`, `rotate`, without state; devices share what it draws, by `round`.
+
+    Raises:
+      ValueError: as `gathered`; at the call, when traced, if messages are not linear.
+    """
+    encode = _encoder("summed", compressor)
+
+    def all_reduce(tree, axis_name, *, key=None, round=None):
+        message = encode(tree, own_key(key, axis_name), round)
+        for node in nodes(message):
+            if not node.decoder.linear:
+                raise ValueError(
+                    f"summed(...): messages of {node.decoder.name} cannot be added up; take gathered, two_shot or ring."
+                )
+
+        def one(x):
+            if is_encoded(x):
+                return dataclasses.replace(x, payload=jax.tree.map(one, x.payload, is_leaf=is_encoded))
+            return lax.psum(x, axis_name)
+
+        return decode(jax.tree.map(one, message, is_leaf=is_encoded))
+
+    return all_reduce
+
+
+def averaged(axis_name: str) -> optax.GradientTransformation:
+    """The mean over an axis of what messages stand for, as a link: `decoded` for data-parallel training.
+
+    It gathers the messages, as `gathered` does. What comes before it may have state, the device's own:
+    `optax.chain(error_feedback(top_k(0.01)), averaged("devices"), optax.sgd(0.1))`.
+
+    >>> from jfed import compress
+    >>> link = optax.chain(compress.error_feedback(compress.top_k(0.5)), averaged("devices"))
+    >>> x = jnp.array([[4.0, 1.0], [2.0, 6.0]])
+    >>> print(jax.vmap(lambda x: link.update(x, link.init(x))[0], axis_name="devices")(x)[0])
+    [2. 3.]
+    """
+
+    def update_fn(message, state, params=None):
+        del params
+        n = lax.axis_size(axis_name)
+        mean = jax.tree.map(lambda s: s / n, added(gather(message, axis_name)))
+        return _as(jax.eval_shape(decode, message), mean), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
+
+
+def gather(message: Tree, axis_name: str) -> Tree:
+    """All devices' messages: leaves [...] become [n, ...]."""
+    return _moved(lambda x: lax.all_gather(x, axis_name), message, axis_name)
+
+
+def exchange(messages: Tree, axis_name: str) -> Tree:
+    """Leaves [n, ...]: the i-th message goes to device i, which gets n of them, the j-th from device j."""
+    return _moved(lambda x: lax.all_to_all(x, axis_name, 0, 0, tiled=True), messages, axis_name, stacked=True)
+
+
+def added(messages: Tree) -> Tree:
+    """The sum of what n messages with leaves [n, ...] stand for; small floats are added up in float32."""
+
+    def wide(message):
+        return jax.tree.map(lambda x: x.astype(jnp.float32) if _small(x) else x, decode(message))
+
+    # One after another: all n decoded at once would take n times the memory.
+    first, others = jax.tree.map(lambda x: x[0], messages), jax.tree.map(lambda x: x[1:], messages)
+    return lax.scan(lambda s, m: (jax.tree.map(jnp.add, s, wide(m)), None), wide(first), others, unroll=4)[0]
+
+
+def cut(x: jax.Array, n: int) -> jax.Array:
+    """A vector [d] as n chunks [n, ceil(d / n)], of which the later ones end in a 0 if n does not divide d.
+
+    >>> print(cut(jnp.arange(1, 6), 3))
+    [[1 2]
+     [3 4]
+     [5 0]]
+    """
+    length, longer = divmod(x.size, n)
+    if not longer:
+        return x.reshape(n, length)
+    at = longer * (length + 1)
+    short = jnp.pad(x[at:].reshape(n - longer, length), ((0, 0), (0, 1)))
+    return jnp.concatenate([x[:at].reshape(longer, length + 1), short])
+
+
+def uncut(chunks: jax.Array, d: int) -> jax.Array:
+    """The inverse of `cut`: [d]."""
+    n = chunks.shape[0]
+    length, longer = divmod(d, n)
+    if not longer:
+        return chunks.reshape(-1)
+    return jnp.concatenate([chunks[:longer].reshape(-1), chunks[longer:, :length].reshape(-1)])
+
+
+def own_key(key: jax.Array | None, axis_name: str) -> jax.Array | None:
+    """A device's own key, of one that all share."""
+    return hop_key(key, lax.axis_index(axis_name))
+
+
+def hop_key(key: jax.Array | None, number: jax.Array | int) -> jax.Array | None:
+    """A key for each encoding on the way."""
+    return None if key is None else jax.random.fold_in(key, number)
+
+
+def hop_round(round: jax.Array | int | None, number: jax.Array | int) -> jax.Array | None:
+    """A round's number for each encoding on the way: the same draw twice would add up what must be independent."""
+    if round is None:
+        return None
+    golden = jnp.uint32(0x9E3779B9) * jnp.asarray(number, jnp.uint32)
+    return _noise.scramble(jnp.asarray(round, jnp.uint32) + golden)
+
+
+def _encoder(where: str, compressor: optax.GradientTransformation) -> Callable:
+    """`(tree, key, round) -> message`."""
+    if not isinstance(compressor, optax.GradientTransformation):
+        raise ValueError(f"{where}(compressor={compressor!r}): give it a link of jfed.compress, such as scaled_sign().")
+    compressor = optax.with_extra_args_support(compressor)
+
+    def encode(tree, key, round):
+        state = compressor.init(tree)
+        if jax.tree.leaves(state):
+            raise ValueError(
+                f"{where}(...): its compressor has state, which an all-reduce cannot keep; "
+                "chain it before averaged(axis_name) in the optimizer."
+            )
+        return compressor.update(tree, state, key=key, round=round)[0]
+
+    return encode
+
+
+def _over_vector(sum_vector: Callable) -> AllReduce:
+    """An all-reduce of trees out of one of vectors of float32."""
+
+    def all_reduce(tree, axis_name, *, key=None, round=None):
+        leaves, structure = jax.tree.flatten(tree)
+        floats = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
+        totals = [x if i in floats else lax.psum(x, axis_name) for i, x in enumerate(leaves)]
+        if floats:
+            flat = jnp.concatenate([leaves[i].reshape(-1).astype(jnp.float32) for i in floats])
+            flat = sum_vector(flat, axis_name, own_key(key, axis_name), round)
+            parts = jnp.split(flat, np.cumsum([leaves[i].size for i in floats])[:-1].tolist())
+            for i, part in zip(floats, parts, strict=True):
+                totals[i] = part.reshape(leaves[i].shape)
+        return _as(tree, jax.tree.unflatten(structure, totals))
+
+    return all_reduce
+
+
+def _moved(collective: Callable, message: Tree, axis_name: str, *, stacked: bool = False) -> Tree:
+    """Applies a collective to all arrays of a message, those of one type as one, [...] or [n, ...] if stacked.
+
+    Floats of fewer than 32 bits travel as their bits, since some backends widen them on the way.
+    """
+    leaves, structure = jax.tree.flatten(message)
+    lead = 1 if stacked else 0
+    sent: dict = {}
+    for i, x in enumerate(leaves):
+        bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") if _small(x) else x
+        sent.setdefault(bits.dtype, {})[i] = bits
+    for group in sent.values():
+        flat = [x.reshape(*x.shape[:lead], -1) for x in group.values()]
+        whole = jnp.concatenate(flat, axis=-1) if len(flat) > 1 else flat[0]
+        # What is alike on all devices, such as a seed, vmap's all_to_all gets wrong (jax 0.7 to 0.12).
+        differs = jnp.broadcast_to(lax.axis_index(axis_name) >= 0, whole.shape)
+        came = collective(lax.select(differs, whole, whole))
+        begin = 0
+        for (i, x), part in zip(group.items(), flat, strict=True):
+            here = came[..., begin : begin + part.shape[-1]].reshape(*came.shape[:-1], *x.shape[lead:])
+            begin += part.shape[-1]
+            kind = leaves[i].dtype
+            leaves[i] = here if here.dtype == kind else lax.bitcast_convert_type(here, kind)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _small(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+
+
+def _as(like: Tree, tree: Tree) -> Tree:
+    return jax.tree.map(lambda x, y: y.astype(x.dtype), like, tree)

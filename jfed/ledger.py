@@ -1,0 +1,70 @@
+"""The bytes of a run, client by client.
+
+Every round's metrics have, under `"traffic"`, what each client of the cohort sent and was sent (`core.Traffic`); a
+ledger adds them up, on the host, in whole numbers of any size. `experiment.record` keeps one, checkpoints it with the
+run and writes it to the run folder.
+
+Letters: N clients, C clients in a cohort, T rounds.
+"""
+
+import csv
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jfed import _validate
+from jfed.core import Traffic
+
+
+class Ledger(NamedTuple):
+    """Bytes since a run began."""
+
+    up: np.ndarray  # [N] int64, sent by each client
+    down: np.ndarray  # [N] int64, sent to each client
+
+
+def empty(num_clients: int) -> Ledger:
+    """A ledger of nothing.
+
+    Raises:
+      ValueError: if `num_clients` is not a whole number of at least 1.
+    """
+    _validate.at_least_one("empty", "num_clients", num_clients, "it is the number of clients in the population")
+    return Ledger(np.zeros(num_clients, np.int64), np.zeros(num_clients, np.int64))
+
+
+def add(ledger: Ledger, traffic: Traffic) -> Ledger:
+    """The ledger after more rounds.
+
+    Args:
+      ledger: before.
+      traffic: of one round, leaves [C], or of several, leaves [T, C]; ids from N on are empty slots.
+
+    >>> two = add(empty(3), Traffic(np.array([2, 3]), up=np.array([5, 0]), down=np.array([7, 0])))
+    >>> print(two.up, two.down)
+    [0 0 5] [0 0 7]
+    """
+    ids, up, down = (np.asarray(x).reshape(-1) for x in jax.device_get(traffic))
+    here = ids < ledger.up.size
+    sums = []
+    for held, sent in ((ledger.up, up), (ledger.down, down)):
+        new = held.copy()
+        np.add.at(new, ids[here], sent[here].astype(np.int64))
+        sums.append(new)
+    return Ledger(*sums)
+
+
+def write(ledger: Ledger, folder: str | os.PathLike) -> Path:
+    """Writes `bytes_by_client.csv`, a line for each client that sent or was sent anything; returns its path."""
+    path = Path(folder) / "bytes_by_client.csv"
+    partial = path.with_name(path.name + ".tmp")
+    with open(partial, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["client", "up", "down"])
+        for i in np.flatnonzero(ledger.up + ledger.down):
+            table.writerow([i, ledger.up[i], ledger.down[i]])
+    partial.replace(path)
+    return path

@@ -1,0 +1,510 @@
+"""What holds for every compressor. A new one joins by one row of COMPRESSORS.
+
+Letters: d numbers of an array x, b bits, omega of E|C(x) - x|^2 <= omega |x|^2 for what is unbiased, delta of
+E|C(x) - x|^2 <= (1 - delta) |x|^2 for a contraction. Sizes are in bytes.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from jfed import compress, mesh
+
+SHAPE = (7, 9)  # of most inputs: a matrix, neither a power of two nor a multiple of 8
+D = math.prod(SHAPE)
+DRAWS = 4096
+FLOAT = 4  # bytes of a number that is not compressed, of a scale, of a norm
+SEED = 8  # bytes that say which randomness was shared
+HOLE = 23  # where a NaN or an infinity is
+
+
+class Row(NamedTuple):
+    """A compressor and what is claimed of it."""
+
+    make: Callable[[], optax.GradientTransformation]
+    size: Callable[[tuple[int, ...]], int]  # shape of a float32 array -> bytes
+    omega: Callable[[np.ndarray], float] | None = None  # it is unbiased, with this variance for a vector x
+    delta: Callable[[np.ndarray], float] | None = None  # a contraction, with this delta for a vector x
+    needs: tuple[str, ...] = ()  # of the extra arguments `key` and `round`
+    linear: bool = False
+    adds_up: bool = False  # decoding a sum of payloads gives the sum of what they decode to
+    keeps_zero: bool = True
+    scales: bool = True  # twice the input is twice what it decodes to
+    sees_all: bool = True  # every number of the input leaves a trace in the message
+    floats_only: bool = False  # refuses trees that hold anything else
+
+
+def packed(d, b):
+    """Codes are packed in groups that fill whole bytes, and the last group is filled up."""
+    group = math.lcm(8, b)
+    return math.ceil(d * b / group) * group // 8
+
+
+def groups(shape, per):
+    """How many parts of an array have statistics of their own."""
+    d = math.prod(shape)
+    return 1 if per is None else math.prod(shape[:-1]) if per == "row" else math.ceil(d / per)
+
+
+def parts(x, per):
+    """The parts themselves, of an array of SHAPE as a vector."""
+    length = {None: D, "row": SHAPE[-1]}.get(per, per)
+    return [x[first : first + length] for first in range(0, D, length)]
+
+
+def weighed(of_part, per):
+    """The omega or 1 - delta of an array out of those of its parts."""
+    return lambda x: sum(of_part(part) * (part @ part) for part in parts(x, per)) / (x @ x)
+
+
+def places(d, k):
+    """Positions of k among d: a bitmap, or indices that can also say nowhere."""
+    return min(math.ceil(d / 8), packed(k, d.bit_length()))
+
+
+def kept(fraction, d):
+    return max(1, math.ceil(fraction * d))
+
+
+def blocks(d, longest):
+    """Lengths of the blocks that a rotation cuts d numbers into: whole ones, then the binary digits of what is left."""
+    longest = min(longest, 2 ** int(math.log2(d)))
+    rest = d % longest
+    return d // longest * [longest] + [2**i for i in reversed(range(rest.bit_length())) if rest >> i & 1]
+
+
+def coded(shape, b, per=None, statistics=1):
+    return packed(math.prod(shape), b) + statistics * FLOAT * groups(shape, per)
+
+
+def rotated(shape, longest, size_of_blocks):
+    """Bytes of a rotated array: blocks of one length are one array [n, B], whose rows are groups."""
+    lengths = blocks(math.prod(shape), longest)
+    return SEED + sum(size_of_blocks((lengths.count(b), b)) for b in set(lengths))
+
+
+def quantized(b, rounding="stochastic", per=None):
+    top = 2**b - 1
+
+    def omega(x):
+        return len(x) * (x.max() - x.min()) ** 2 / (4 * top**2) / max(x @ x, 1e-30)
+
+    def delta(x):  # nearest: the largest number moves by half a step at most, and no other by more than itself
+        return (1 - 1 / top**2) * np.abs(x).max() ** 2 / max(x @ x, 1e-30)
+
+    stochastic = rounding == "stochastic"
+    length = {None: D, "row": SHAPE[-1]}.get(per, per)
+    variance = weighed(omega, per)
+    small = stochastic and length < 2 * top**2
+    loss = variance if stochastic else weighed(lambda x: 1 - delta(x), per)
+    return Row(
+        lambda: compress.quantize(b, rounding=rounding, per=per),
+        lambda shape: coded(shape, b, per, statistics=2),
+        omega=variance if stochastic else None,
+        delta=(lambda x: 1 - loss(x)) if small or (not stochastic and b > 1) else None,
+        needs=("key",) if stochastic else (),
+    )
+
+
+def leveled(b, norm="l2", per=None):
+    """QSGD with as many levels as b bits tell apart."""
+    s = 2 ** (b - 1) - 1
+    length = {None: D, "row": SHAPE[-1]}.get(per, per)
+
+    def omega(d):
+        return min(d / s**2, math.sqrt(d) / s) if norm == "l2" else d / (4 * s**2)
+
+    return Row(
+        lambda: compress.qsgd(s, norm=norm, per=per),
+        lambda shape: coded(shape, b, per),
+        omega=lambda x: omega(length),
+        delta=(lambda x: 1 - omega(length)) if omega(length) < 1 else None,
+        needs=("key",),
+    )
+
+
+def normal_levels(b, per=None):
+    return Row(lambda: compress.lloyd_max(b, per=per), lambda shape: coded(shape, b, per))
+
+
+def eden(b):
+    return Row(
+        lambda: compress.eden(b),
+        lambda shape: rotated(shape, 4096, lambda block: coded(block, b, "row")),
+        needs=("round",),
+    )
+
+
+def small_floats(dtype, relative, least, bits):
+    """Each number moves by that fraction of it, or half the least number of the format when the largest is `top`."""
+    top = {"float16": 65504.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}.get(dtype)
+
+    def loss(x):
+        scale = np.abs(x).max() / top if top else 1.0
+        return np.sum(np.minimum(x**2, np.maximum((relative * x) ** 2, (scale * least / 2) ** 2))) / (x @ x)
+
+    return Row(
+        lambda: compress.low_precision(dtype),
+        lambda shape: math.prod(shape) * bits // 8 + (FLOAT if top else 0),
+        delta=lambda x: 1 - loss(x),
+    )
+
+
+def signs_delta(x):
+    return np.abs(x).sum() ** 2 / (len(x) * (x @ x)) if x.any() else 1.0
+
+
+def largest(x, k):
+    return x[np.argsort(-np.abs(x), kind="stable")[:k]]
+
+
+def energy(x, k):
+    """The share of |x|^2 that the k largest hold."""
+    return (largest(x, k) ** 2).sum() / (x @ x)
+
+
+def sparse(fraction, d, bytes_a_value=FLOAT):
+    k = kept(fraction, d)
+    return k * bytes_a_value + places(d, k)
+
+
+COMPRESSORS = {
+    "quantize, 1 bit": quantized(1),
+    "quantize, 4 bits": quantized(4),
+    "quantize, 3 bits a block": quantized(3, per=8),
+    "quantize to the nearest, 4 bits": quantized(4, "nearest"),
+    "quantize to the nearest, 2 bits a row": quantized(2, "nearest", per="row"),
+    "qsgd, 1 level": leveled(2),
+    "qsgd, 127 levels": leveled(8),
+    "qsgd, 7 levels of the largest in a block": leveled(4, "max", per=8),
+    "terngrad": Row(
+        compress.terngrad,
+        lambda shape: coded(shape, 2),
+        omega=lambda x: np.abs(x).max() * np.abs(x).sum() / (x @ x) - 1,
+        needs=("key",),
+    ),
+    "lloyd_max, 3 bits": normal_levels(3),
+    "sign": Row(compress.sign, lambda shape: coded(shape, 1), keeps_zero=False, scales=False),
+    "scaled_sign": Row(compress.scaled_sign, lambda shape: coded(shape, 1), delta=signs_delta),
+    "scaled_sign, a row": Row(
+        lambda: compress.scaled_sign(per="row"),
+        lambda shape: coded(shape, 1, "row"),
+        delta=lambda x: 1 - weighed(lambda part: 1 - signs_delta(part), "row")(x),
+    ),
+    "bfloat16": small_floats("bfloat16", 2**-9, 0.0, 16),
+    "float16": small_floats("float16", 2**-11, 2**-24, 16),
+    "float8_e4m3fn": small_floats("float8_e4m3fn", 2**-4, 2**-9, 8),
+    "float8_e5m2": small_floats("float8_e5m2", 2**-3, 2**-16, 8),
+    "natural": Row(
+        compress.natural,
+        lambda shape: math.prod(shape) + packed(math.prod(shape), 1),
+        omega=lambda x: 1 / 8,
+        delta=lambda x: 1 - 1 / 8,
+        needs=("key",),
+    ),
+    "top_k, bitmap": Row(
+        lambda: compress.top_k(0.2),
+        lambda shape: sparse(0.2, math.prod(shape)),
+        delta=lambda x: energy(x, kept(0.2, D)),
+    ),
+    "top_k, indices": Row(
+        lambda: compress.top_k(0.01), lambda shape: sparse(0.01, math.prod(shape)), delta=lambda x: energy(x, 1)
+    ),
+    "top_k, a block": Row(
+        lambda: compress.top_k(0.25, block=16),
+        lambda shape: math.ceil(math.prod(shape) / 16) * sparse(0.25, min(16, math.prod(shape))),
+        delta=lambda x: 1 - sum((1 - energy(p, 4)) * (p @ p) for p in parts(x, 16) if p.any()) / (x @ x),
+    ),
+    "top_k, quantized": Row(
+        lambda: optax.chain(compress.top_k(0.2), compress.quantize(4, rounding="nearest")),
+        lambda shape: (
+            coded((kept(0.2, math.prod(shape)),), 4, statistics=2)
+            + places(math.prod(shape), kept(0.2, math.prod(shape)))
+        ),
+        delta=lambda x: (1 - 1 / 15**2) * np.abs(x).max() ** 2 / (x @ x),
+    ),
+    "threshold": Row(
+        lambda: compress.threshold(0.5, capacity=0.2), lambda shape: sparse(0.2, math.prod(shape)), scales=False
+    ),
+    "random_k": Row(
+        lambda: compress.random_k(0.3),
+        lambda shape: FLOAT * kept(0.3, math.prod(shape)) + SEED,
+        omega=lambda x: D / kept(0.3, D) - 1,
+        needs=("round",),
+        linear=True,
+        adds_up=True,
+        sees_all=False,
+    ),
+    "random_k, as they are": Row(
+        lambda: compress.random_k(0.3, scale="none"),
+        lambda shape: FLOAT * kept(0.3, math.prod(shape)) + SEED,
+        delta=lambda x: kept(0.3, D) / D,
+        needs=("round",),
+        linear=True,
+        adds_up=True,
+        sees_all=False,
+    ),
+    "ternary": Row(
+        lambda: compress.ternary(0.2),
+        lambda shape: coded((kept(0.2, math.prod(shape)),), 1) + places(math.prod(shape), kept(0.2, math.prod(shape))),
+        delta=lambda x: signs_delta(largest(x, kept(0.2, D))) * energy(x, kept(0.2, D)),
+    ),
+    "rotate": Row(
+        lambda: compress.rotate(block=16),
+        lambda shape: rotated(shape, 16, lambda block: FLOAT * math.prod(block)),
+        delta=lambda x: 1.0,
+        needs=("round",),
+        linear=True,
+        adds_up=True,
+    ),
+    "rotate, quantized": Row(
+        lambda: optax.chain(compress.rotate(block=16), compress.quantize(4, per="row")),
+        lambda shape: rotated(shape, 16, lambda block: coded(block, 4, "row", statistics=2)),
+        # (max - min)^2 <= 2 |y|^2 in each block y
+        omega=lambda x: 16 * 2 / (4 * 15**2),
+        delta=lambda x: 1 - 16 * 2 / (4 * 15**2),
+        needs=("key", "round"),
+    ),
+    "rotate, scaled_sign": Row(
+        lambda: optax.chain(compress.rotate(block=16), compress.scaled_sign(per="row")),
+        lambda shape: rotated(shape, 16, lambda block: coded(block, 1, "row")),
+        delta=lambda x: 1 / 16,  # |y|_1 >= |y|_2 in each block y
+        needs=("round",),
+    ),
+    "drive": Row(
+        compress.drive, lambda shape: rotated(shape, 4096, lambda block: coded(block, 1, "row")), needs=("round",)
+    ),
+    "eden, 2 bits": eden(2),
+    "power_sgd": Row(
+        lambda: compress.power_sgd(1),
+        lambda shape: FLOAT * (math.prod(shape) if len(shape) < 2 else math.prod(shape[:-1]) + shape[-1]),
+        delta=lambda x: 0.0,
+    ),
+    "count_sketch": Row(
+        lambda: compress.count_sketch(3, 7),
+        lambda shape: FLOAT * min(3 * 7, math.prod(shape)),
+        linear=True,
+    ),
+    "over_tree": Row(
+        lambda: compress.over_tree(compress.top_k(0.2)),
+        lambda shape: sparse(0.2, math.prod(shape)),
+        delta=lambda x: energy(x, kept(0.2, D)),
+        floats_only=True,
+    ),
+}
+
+
+def make_inputs():
+    rng = np.random.default_rng(0)
+    few, one = np.zeros((2, D))
+    few[rng.choice(D, 5, replace=False)] = rng.normal(size=5)
+    one[40] = -3.0
+    heavy = rng.lognormal(size=D) * rng.choice([-1, 1], D)
+    hole, endless = rng.normal(size=(2, D))
+    hole[HOLE], endless[HOLE] = np.nan, np.inf
+    return {
+        "normal": rng.normal(size=D),
+        "heavy-tailed": heavy,
+        "sparse": few,
+        "one-hot": one,
+        "zeros": np.zeros(D),
+        "all equal": np.full(D, 0.7),
+        "a millionth": heavy * 2.0**-20,
+        "a NaN": hole,
+        "an infinity": endless,
+    }
+
+
+INPUTS = {name: np.asarray(x, np.float32) for name, x in make_inputs().items()}
+ORDINARY = ["normal", "heavy-tailed", "sparse", "one-hot"]
+STACK = np.stack([x.reshape(SHAPE) for x in INPUTS.values()])
+STEPS = 20
+TURNS = np.stack([STACK[t % len(ORDINARY)] for t in range(STEPS)])  # one ordinary input after the other
+KEYS, ROUNDS = jax.random.split(jax.random.key(1), DRAWS), np.arange(DRAWS)
+
+# One worker runs the tests of a group, so that it compiles each program once.
+rows = [pytest.param(name, marks=pytest.mark.xdist_group(str(i // 9))) for i, name in enumerate(COMPRESSORS)]
+compressors = pytest.mark.parametrize("name", rows)
+
+
+def those(claim):
+    """Rows of which something is claimed."""
+    return pytest.mark.parametrize("name", [row for row in rows if claim(COMPRESSORS[row.values[0]])])
+
+
+def named(*names):
+    return pytest.mark.parametrize("name", [row for row in rows if row.values[0] in names])
+
+
+# Of each function of the room, one.
+one_of_each = named(
+    "quantize, 4 bits",
+    "quantize to the nearest, 2 bits a row",
+    "qsgd, 127 levels",
+    "lloyd_max, 3 bits",
+    "scaled_sign",
+    "float8_e4m3fn",
+    "natural",
+    "top_k, bitmap",
+    "random_k",
+    "rotate",
+    "power_sgd",
+    "count_sketch",
+)
+
+
+def sent(compressor, x, key=KEYS[0], round=0):
+    return compressor.update(x, compressor.init(x), key=key, round=round)[0]
+
+
+@functools.lru_cache(maxsize=9)  # those of a group
+def drawn(name):
+    """What every input decodes to, [draws, D] of each; one draw if nothing is random."""
+    compressor, n = COMPRESSORS[name].make(), DRAWS if COMPRESSORS[name].needs else 1
+    draws = jax.vmap(lambda x, key, round: compress.decode(sent(compressor, x, key, round)), (None, 0, 0))
+    decoded = jax.jit(jax.vmap(draws, (0, None, None)))(STACK, KEYS[:n], ROUNDS[:n])
+    return dict(zip(INPUTS, np.asarray(decoded, np.float64).reshape(len(STACK), n, D), strict=True))
+
+
+@functools.lru_cache(maxsize=9)
+def turn_by_turn(name):
+    """A program that sends TURNS, one after the other, with error feedback or, with `keep` 0, each for itself.
+
+    It gives what was decoded, the last message and the residual; the message is carried through a loop.
+    """
+    link = compress.error_feedback(COMPRESSORS[name].make(), refuse=False)
+
+    def all_turns(keep):
+        start = link.init(TURNS[0])
+
+        def step(carry, t):
+            state = jax.tree.map(lambda now, first: jnp.where(keep == 1, now, first), carry[0], start)
+            message, state = link.update(jnp.asarray(TURNS)[t], state, key=KEYS[t], round=t)
+            return (state, message), compress.decode(message)
+
+        shape = jax.eval_shape(lambda t: step((start,), t)[0][1], 0)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+        (state, last), decoded = jax.lax.scan(step, (start, nothing), jnp.arange(STEPS))
+        return decoded, last, state.residual
+
+    return jax.jit(all_turns)
+
+
+def is_unbiased(decoded, x):
+    """Whether the mean of draws is x within 5 standard errors, in its own direction and in random ones.
+
+    Sums over all numbers are nearly normal, as single numbers that are rarely sent are not.
+    """
+    v = np.random.default_rng(2).choice([-1.0, 1.0], (D, 64))
+    v = np.concatenate([v, x[:, None]], axis=1)
+    off = (decoded - x) @ v
+    error = off.std(0) / math.sqrt(len(off))
+    rounding = 1e-6 * np.abs(x).max() * np.abs(v).sum(0)
+    return np.all(np.abs(off.mean(0)) <= 5 * error + rounding)
+
+
+def loss_of(decoded, x):
+    """Mean of |C(x) - x|^2 / |x|^2 less 5 standard errors, and what rounding adds."""
+    loss = ((decoded - x) ** 2).sum(1) / (x @ x)
+    return loss.mean() - 5 * loss.std() / math.sqrt(len(loss)) - 1e-6
+
+
+def ordinary():
+    return [(kind, INPUTS[kind].astype(np.float64)) for kind in ORDINARY]
+
+
+@those(lambda row: row.omega)
+def test_the_mean_of_many_draws_is_the_input(name):
+    for kind, x in ordinary():
+        assert is_unbiased(drawn(name)[kind], x), kind
+
+
+@those(lambda row: row.omega)
+def test_a_scale_wrong_by_three_percent_is_noticed(name):
+    assert not all(is_unbiased(1.03 * drawn(name)[kind], x) for kind, x in ordinary())
+
+
+@those(lambda row: row.omega)
+def test_the_variance_is_within_its_bound(name):
+    for kind, x in ordinary():
+        assert loss_of(drawn(name)[kind], x) <= COMPRESSORS[name].omega(x), kind
+
+
+@those(lambda row: row.delta)
+def test_a_contraction_leaves_out_no_more_than_it_claims(name):
+    for kind, x in ordinary():
+        assert loss_of(drawn(name)[kind], x) <= 1 - COMPRESSORS[name].delta(x), kind
+
+
+@compressors
+def test_zeros_stay_zeros(name):
+    if not COMPRESSORS[name].keeps_zero:
+        pytest.skip("a sign alone is plus or minus one")
+    assert not drawn(name)["zeros"].any()
+
+
+@compressors
+def test_numbers_all_equal_decode_to_finite_ones(name):
+    assert np.isfinite(drawn(name)["all equal"]).all()
+
+
+@compressors
+@pytest.mark.parametrize("kind", ["a NaN", "an infinity"])
+def test_what_is_not_finite_does_not_vanish(name, kind):
+    """Of random coordinates, if its own is among them."""
+    seen = ~np.isfinite(drawn(name)[kind]).all(1)
+    expected = True if COMPRESSORS[name].sees_all else drawn(name)["normal"][:, HOLE] != 0
+    assert np.all(seen == expected)
+
+
+@compressors
+def test_a_millionth_of_the_input_is_a_millionth_of_what_it_decodes_to(name):
+    if not COMPRESSORS[name].scales:
+        pytest.skip("it compares with a number of its own")
+    small = drawn(name)["a millionth"] * 2.0**20
+    np.testing.assert_allclose(small, drawn(name)["heavy-tailed"], rtol=1e-6, atol=1e-6)
+
+
+@compressors
+def test_clients_side_by_side_are_those_in_turn(name):
+    decoded, _, _ = turn_by_turn(name)(0)
+    for t, alone in enumerate(np.asarray(decoded).reshape(STEPS, D)):
+        draws = drawn(name)[ORDINARY[t % len(ORDINARY)]]
+        np.testing.assert_allclose(draws[t % len(draws)], alone, rtol=1e-5, atol=1e-6)
+
+
+@one_of_each
+def test_a_compiled_message_is_an_eager_one(name):
+    t = STEPS - 1
+    eager = sent(COMPRESSORS[name].make(), jnp.asarray(TURNS[t]), KEYS[t], t)
+    _, last, _ = turn_by_turn(name)(0)
+    assert jax.tree.structure(last) == jax.tree.structure(eager)
+    for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(eager), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@those(lambda row: row.delta)
+def test_what_was_sent_and_what_is_left_are_the_sum_of_inputs(name):
+    decoded, _, residual = turn_by_turn(name)(1)
+    total = np.sum(np.asarray(decoded, np.float64), 0) + np.asarray(residual)
+    np.testing.assert_allclose(total, np.sum(TURNS, 0, dtype=np.float64), rtol=1e-5, atol=1e-4)
+
+
+@compressors
+def test_a_message_says_what_is_claimed_of_its_compressor(name):
+    row = COMPRESSORS[name]
+    _, message, _ = turn_by_turn(name)(0)
+    decoders = [node.decoder for node in compress.nodes(message)]
+    assert all(decoder.contraction for decoder in decoders) == (row.delta is not None)
+    assert all(decoder.linear for decoder in decoders) == row.linear
+    assert compress.nbytes(message) == sum(np.asarray(x).nbytes for x in jax.tree.leaves(message)) == row.size(SHAPE)
