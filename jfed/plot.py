@@ -66,6 +66,43 @@ def plot_curves(
     _save(figure, path)
 
 
+def plot_points(
+    path: str | os.PathLike,
+    groups: Mapping[str, Mapping[str, tuple[float, float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    log_x: bool = False,
+) -> None:
+    """Draws named points, a colour and a marker for each group of them.
+
+    Args:
+      path: of the PNG file; its folder is made if it does not exist.
+      groups: name of a group -> name of a point -> (x, y).
+      xlabel: what is on the x axis, with its unit.
+      ylabel: what is on the y axis, with its unit.
+      title: one line.
+      log_x: whether the x axis is logarithmic.
+
+    Raises:
+      ValueError: if there is no point.
+    """
+    if not any(groups.values()):
+        raise ValueError("plot_points(groups): needs at least one point; check that there are results.")
+    figure, axes = _canvas(title, xlabel, ylabel)
+    for i, (group, points) in enumerate(groups.items()):
+        x, y = np.array(list(points.values()), float).T
+        axes.plot(x, y, "os^Dv"[i % 5], color=COLOURS[i % len(COLOURS)], markersize=6, label=group, zorder=3)
+        for name, (at, high) in points.items():
+            axes.annotate(name, (at, high), textcoords="offset points", xytext=(4, 4), fontsize=6, color=_GREY)
+    if log_x:
+        axes.set_xscale("log")
+    if len(groups) > 1:
+        axes.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
 def plot_distribution(
     path: str | os.PathLike, values: Any, *, xlabel: str, title: str, bins: int | str = "auto"
 ) -> None:

@@ -9,11 +9,12 @@ import optax
 import problem
 from problem import cohort_of
 
-from jfed import local, tree
+from jfed import compress, ledger, local, tree
 from jfed.algorithms import (
     Kind,
     afl,
     apfl,
+    compressed_downlink,
     ditto,
     fedadagrad,
     fedadam,
@@ -32,6 +33,7 @@ from jfed.algorithms import (
     fedrep,
     fedsgd,
     fedyogi,
+    fetchsgd,
     ifca,
     lg_fedavg,
     local_only,
@@ -44,6 +46,7 @@ from jfed.algorithms import (
     qfedavg,
     scaffold,
 )
+from jfed.core import Traffic
 
 WORK = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4, epochs=2)
 MOMENTUM = local.sgd(problem.loss, optax.sgd(0.1, momentum=0.9), batch_size=3, epochs=1)
@@ -96,6 +99,13 @@ def one_kind(make, work, **options):
     return algorithm._replace(init=lambda params: algorithm.init((params,)))
 
 
+def both_ways(work, **options):
+    """Compressed up, with error feedback, and down."""
+    up = compress.error_feedback(optax.chain(compress.top_k(0.5), compress.quantize(4, rounding="nearest")))
+    algorithm = federated(work, uplink=up, num_clients=12, **options)
+    return compressed_downlink(algorithm, compress.scaled_sign(), num_clients=12)
+
+
 def bias(path):
     return path == "b"
 
@@ -142,6 +152,8 @@ METHODS = {
     "fedasync": (WORK, functools.partial(fedasync, concurrency=4, mixing=0.6, duration=seconds)),
     "fedmd": (WORK, functools.partial(one_kind, fedmd)),
     "feddf": (WORK, functools.partial(one_kind, feddf)),
+    "fetchsgd": (WORK, functools.partial(fetchsgd, rows=3, columns=4, fraction=0.5, learning_rate=0.1)),
+    "compressed both ways": (WORK, both_ways),
     "local_only": (WORK, functools.partial(local_only, num_clients=12)),
     "uplink with state": (WORK, functools.partial(federated, uplink=half_now_half_later(), num_clients=12)),
     "aggregator of the stack": (WORK, functools.partial(federated, aggregator=largest_weight())),
@@ -157,10 +169,15 @@ def make(method, client_map):
 
 
 def two_rounds(one_round, method, state, ids=IDS, place=lambda tree: tree):
-    """State and metrics after two rounds; in the second, clients stop early, do nothing or stay away."""
+    """State and metrics after two rounds; in the second, clients stop early, do nothing or stay away.
+
+    The traffic of the second is that of each client of the population.
+    """
     first = cohort_of(ids, METHODS[method][0])
     slot = {client: row for row, client in enumerate(ids)}
     steps = first.steps.at[slot[3]].min(2).at[slot[5]].set(0)
     second = first._replace(steps=steps, weight=first.weight.at[slot[0]].set(0.0))
     state, _ = one_round(place(state), place(first), place(jax.random.fold_in(KEY, 0)))
-    return one_round(state, place(second), place(jax.random.fold_in(KEY, 1)))
+    state, metrics = one_round(state, place(second), place(jax.random.fold_in(KEY, 1)))
+    here = Traffic(*(x.addressable_data(0) if isinstance(x, jax.Array) else x for x in metrics["traffic"]))
+    return state, metrics | {"traffic": ledger.add(ledger.empty(problem.CLIENTS), here)}

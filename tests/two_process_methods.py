@@ -22,7 +22,9 @@ def main(folder):
             jax.jit(algorithm.round), method, algorithm.init(PARAMS), place=lambda tree: mesh.replicate(tree, devices)
         )
         if jax.process_index() == 0:
-            leaves = [np.asarray(leaf.addressable_data(0)) for leaf in jax.tree.leaves(ended)]
+            leaves = [
+                np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) else x) for x in jax.tree.leaves(ended)
+            ]
             np.savez(folder / f"{number}.npz", **{str(i): leaf for i, leaf in enumerate(leaves)})
 
 

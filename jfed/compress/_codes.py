@@ -105,7 +105,7 @@ def read_elias_gamma(data: bytes, count: int) -> tuple[np.ndarray, int]:
     place = np.where(bits == 1, np.arange(bits.size), bits.size)
     first = np.minimum.accumulate(place[::-1])[::-1]  # the next 1 from each bit on
     zeros = first - np.arange(bits.size)
-    begins, end = _walk("elias_gamma_decode", data, zeros * 2 + 1, count)
+    begins, end = _words("elias_gamma_decode", data, zeros * 2 + 1, count)
     return _read(window, first[begins], zeros[begins] + 1), (end + 7) // 8
 
 
@@ -149,7 +149,7 @@ def elias_omega_decode(data: bytes, count: int) -> np.ndarray:
         end[going] = end[going] + size
         going = going[end[going] < bits.size]
         going = going[bits[end[going]] == 1]
-    begins, _ = _walk("elias_omega_decode", data, end + 1 - np.arange(bits.size), count)
+    begins, _ = _words("elias_omega_decode", data, end + 1 - np.arange(bits.size), count)
     return value[begins]
 
 
@@ -185,7 +185,7 @@ def _read(window: np.ndarray, at: np.ndarray, size: np.ndarray) -> np.ndarray:
     return (word >> (64 - np.minimum(size, 57)).astype(np.uint64)).astype(np.int64)
 
 
-def _walk(where: str, data: bytes, lengths: np.ndarray, count: int) -> tuple[np.ndarray, int]:
+def _words(where: str, data: bytes, lengths: np.ndarray, count: int) -> tuple[np.ndarray, int]:
     """Where each of `count` words begins, and where the last ends, given the length of one at every bit."""
     steps, begins, at = lengths.tolist(), [], 0
     for _ in range(count):

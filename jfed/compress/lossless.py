@@ -2,7 +2,7 @@
 
 Positions become Golomb codes, codes of up to 8 bits are entropy-coded where that is shorter, and empty places of
 `threshold` are left out; floats are written as they are. This is work of the host. `estimated_nbytes` tells inside a
-compiled program what would come of it, to within 2 % of messages of more than 3 kB.
+compiled program what would come of it, to within 0.3 % of messages of more than 3 kB.
 
 Whoever decodes has a message of the same structure, so that neither shapes nor settings are sent.
 
@@ -101,13 +101,13 @@ def estimated_nbytes(message: Tree) -> jax.Array:
     """What `len(encode(message))` will be, [] float32, inside a compiled program and under `vmap`.
 
     Golomb codes are counted exactly, entropy-coded arrays by the entropy of their histogram and what the coder adds:
-    within 2 % of messages of more than 3 kB.
+    within 0.3 % of messages of more than 3 kB, and a dozen bytes of smaller ones with few arrays.
 
     >>> from jfed import compress
     >>> levels = compress.qsgd(7)
     >>> x = jax.random.normal(jax.random.key(0), (100_000,))
     >>> message, _ = levels.update(x, levels.init(x), key=jax.random.key(1))
-    >>> abs(float(jax.jit(estimated_nbytes)(message)) / len(encode(message)) - 1) < 0.02
+    >>> abs(float(jax.jit(estimated_nbytes)(message)) / len(encode(message)) - 1) < 0.003
     True
     """
     sizes: list[Any] = [4]

@@ -19,7 +19,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from jfed import _validate
-from jfed.compress.collectives import added, cut, exchange, gather, hop_key, hop_round, own_key, uncut
+from jfed.compress.collectives import added, cut, differing, exchange, gather, hop_key, hop_round, own_key, uncut
 from jfed.compress.feedback import FeedbackState, error_feedback
 from jfed.compress.message import decode
 from jfed.compress.sign import scaled_sign
@@ -63,13 +63,13 @@ def one_bit_adam(
 
     Args:
       learning_rate: a number, or a schedule of optax.
-      warmup: steps without compression; the paper's are 13 to 20 percent of all.
+      warmup: steps without compression, until the variance has settled.
       b1: decay of the momentum, in [0, 1).
       b2: decay of the variance, in [0, 1).
       eps: added to sqrt(v).
       axis_name: of the workers; None is one worker alone, which compresses all the same.
       compressor: a contraction, by default `scaled_sign()`; those that draw need `key=` at `update`, the same for all
-        workers and a new one each step. The scale is |m|_1 / d, the best for signs, where the paper has |m|_2 / sqrt(d).
+        workers and a new one each step. Its scale is |m|_1 / d; the paper's, |m|_2 / sqrt(d), is no contraction.
 
     Raises:
       ValueError: if a number is out of range; at `init`, if there is no such axis; at `update`, as `error_feedback`.
@@ -81,7 +81,7 @@ def one_bit_adam(
     Array([[-0.1,  0.1],
            [-0.1,  0.1]], dtype=float32)
     """
-    _validate.at_least_one("one_bit_adam", "warmup", warmup, "a sixth of all steps is usual")
+    _validate.at_least_one("one_bit_adam", "warmup", warmup, "a fifth of all steps is a start")
     for name, decay in (("b1", b1), ("b2", b2)):
         if _validate.is_concrete(decay) and not 0 <= decay < 1:
             raise ValueError(f"one_bit_adam({name}={decay!r}): {name} must lie in [0, 1); 0.9 and 0.999 are usual.")
@@ -104,7 +104,7 @@ def one_bit_adam(
         return mu, nu, state.worker, state.server
 
     def sent(g: Tree, state: OneBitAdamState, key):
-        """Lines 6 to 14 of Algorithm 1."""
+        """The compression stage: m of the messages that everybody got, and what they left out."""
         m, tree_of = ravel_pytree(jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, g))
         n = _workers(axis_name)
         keys = None if key is None else jax.random.split(hop_key(key, 0), n)
@@ -113,17 +113,23 @@ def one_bit_adam(
             return feedback.update(x, errors, key=key, round=hop_round(state.count, hop))
 
         messages, worker = jax.vmap(lambda x, e, k: feed(x, e, k, 0))(cut(m, n), state.worker, keys)
-        mean = added(messages if axis_name is None else exchange(messages, axis_name)) / n
+        if axis_name is None:
+            mean = decode(jax.tree.map(lambda x: x[0], messages))
+        else:
+            mean = added(exchange(messages, axis_name), axis_name) / n
         message, server = feed(mean, state.server, hop_key(key, 1), 1)
         all_chunks = jax.tree.map(lambda x: x[None], message) if axis_name is None else gather(message, axis_name)
         m = tree_of(uncut(jax.vmap(decode)(all_chunks), m.size))
         return jax.tree.map(lambda m, v: jnp.where(v > 0, m, 0), m, state.nu), state.nu, worker, server
 
+    def typed(branch):  # as one stage has the same on all workers what the other has not
+        return branch if axis_name is None else lambda *args: differing(branch(*args), axis_name)
+
     def update_fn(updates, state, params=None, *, key=None, **extra_args):
         del params, extra_args
         g = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         key = key if axis_name is None else own_key(key, axis_name)
-        mu, nu, worker, server = lax.cond(state.count < warmup, measured, sent, g, state, key)
+        mu, nu, worker, server = lax.cond(state.count < warmup, typed(measured), typed(sent), g, state, key)
         count = optax.safe_increment(state.count)
         m_scale, v_scale = 1 - b1**count, 1 - b2 ** jnp.minimum(count, warmup)
         step = jax.tree.map(

@@ -4,6 +4,7 @@ Letters: d numbers of an array x, b bits, omega of E|C(x) - x|^2 <= omega |x|^2 
 E|C(x) - x|^2 <= (1 - delta) |x|^2 for a contraction. Sizes are in bytes.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -346,7 +347,7 @@ def named(*names):
 
 
 # Of each function of the room, one.
-one_of_each = named(
+ONE_OF_EACH = (
     "quantize, 4 bits",
     "quantize to the nearest, 2 bits a row",
     "qsgd, 127 levels",
@@ -360,6 +361,9 @@ one_of_each = named(
     "power_sgd",
     "count_sketch",
 )
+
+
+one_of_each = named(*ONE_OF_EACH)
 
 
 def sent(compressor, x, key=KEYS[0], round=0):
@@ -391,8 +395,8 @@ def turn_by_turn(name):
             message, state = link.update(jnp.asarray(TURNS)[t], state, key=KEYS[t], round=t)
             return (state, message), compress.decode(message)
 
-        shape = jax.eval_shape(lambda t: step((start,), t)[0][1], 0)
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+        shapes = jax.eval_shape(functools.partial(sent, COMPRESSORS[name].make()), jnp.asarray(TURNS[0]))
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (state, last), decoded = jax.lax.scan(step, (start, nothing), jnp.arange(STEPS))
         return decoded, last, state.residual
 
@@ -508,3 +512,117 @@ def test_a_message_says_what_is_claimed_of_its_compressor(name):
     assert all(decoder.contraction for decoder in decoders) == (row.delta is not None)
     assert all(decoder.linear for decoder in decoders) == row.linear
     assert compress.nbytes(message) == sum(np.asarray(x).nbytes for x in jax.tree.leaves(message)) == row.size(SHAPE)
+
+
+VECTORS = [(1,), (7,), (8,), (1000,), (1003,)]
+
+
+def size_of(row, shape):
+    message = jax.eval_shape(lambda x: sent(row.make(), x), jax.ShapeDtypeStruct(shape, jnp.float32))
+    return compress.nbytes(message)
+
+
+@compressors
+def test_the_size_of_a_message_is_the_formula(name):
+    row = COMPRESSORS[name]
+    assert [size_of(row, shape) for shape in VECTORS] == [row.size(shape) for shape in VECTORS]
+
+
+OF_ANY_WIDTH = {
+    "quantize": quantized,
+    "quantize, a block": functools.partial(quantized, per=16),
+    "qsgd": lambda b: leveled(max(b, 2)),  # zero and a sign take two bits
+    "lloyd_max": normal_levels,
+    "eden": lambda b: eden(min(b, 4)),  # of more bits tracing takes seconds, and it is lloyd_max for each block
+}
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("family", OF_ANY_WIDTH)
+def test_the_size_of_codes_is_the_formula_for_every_width(family, bits):
+    row = OF_ANY_WIDTH[family](bits)
+    assert [size_of(row, shape) for shape in VECTORS] == [row.size(shape) for shape in VECTORS]
+
+
+def odd_shapes():
+    rng = np.random.default_rng(4)
+    floats = {shape: rng.normal(size=shape).astype(np.float32) for shape in [(), (1,), (7,), (3, 5), (2, 3, 4, 5)]}
+    others = {"half": jnp.asarray(floats[3, 5], jnp.bfloat16), "empty": np.zeros((0, 3), np.float32)}
+    return {str(shape): x for shape, x in floats.items()} | others | {"integers": np.arange(3, dtype=np.int32)}
+
+
+@compressors
+def test_shapes_and_dtypes_come_back(name):
+    row, shapes = COMPRESSORS[name], jax.tree.map(lambda x: (x.shape, x.dtype), odd_shapes())
+    tree = {kind: x for kind, x in odd_shapes().items() if not (kind == "integers" and row.floats_only)}
+    decoded = jax.eval_shape(lambda tree: compress.decode(sent(row.make(), tree)), tree)
+    assert {kind: (x.shape, x.dtype) for kind, x in decoded.items()} == {kind: shapes[kind] for kind in tree}
+
+
+@named(*set(ONE_OF_EACH) - {"count_sketch"})  # of too few buckets nothing is claimed
+def test_numbers_of_every_shape_come_back_in_their_places(name):
+    row = COMPRESSORS[name]
+    tree = odd_shapes()
+    decoded = jax.jit(lambda tree: compress.decode(sent(row.make(), tree)))(tree)
+    for kind, x in tree.items():
+        got, x = np.asarray(decoded[kind], np.float64).reshape(-1), np.asarray(x, np.float64).reshape(-1)
+        if kind in ("empty", "integers"):
+            np.testing.assert_array_equal(got, x)
+        else:
+            assert np.isfinite(got).all()
+            # Of one draw; numbers in each other's places would be off by about twice |x|^2.
+            bound = row.omega(x) * 5 if row.omega else 1.0
+            assert ((got - x) ** 2).sum() <= (bound + 2**-8) * (x @ x), kind
+
+
+@those(lambda row: row.linear)
+def test_the_payload_of_a_sum_is_the_sum_of_payloads(name):
+    a, b, both = (sent(COMPRESSORS[name].make(), x) for x in (STACK[0], STACK[1], STACK[0] + STACK[1]))
+    total = jax.tree.map(jnp.add, a.payload, b.payload)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), total, both.payload)
+
+
+@those(lambda row: row.adds_up)
+def test_the_sum_of_payloads_decodes_to_the_sum(name):
+    a, b = (sent(COMPRESSORS[name].make(), x) for x in (STACK[0], STACK[1]))
+    total = dataclasses.replace(a, payload=jax.tree.map(jnp.add, a.payload, b.payload))
+    expected = compress.decode(a) + compress.decode(b)
+    np.testing.assert_allclose(compress.decode(total), expected, rtol=1e-5, atol=1e-5)
+
+
+@those(lambda row: row.needs)
+def test_what_draws_says_what_it_draws_from(name):
+    compressor = COMPRESSORS[name].make()
+    for missing in COMPRESSORS[name].needs:
+        given = {"key": KEYS[0], "round": 0} | {missing: None}
+        with pytest.raises(ValueError, match=f"pass {missing}="):
+            compressor.update(STACK[0], compressor.init(STACK[0]), **given)
+
+
+BYTES = {"u8": 1, "u16": 2, "u32": 4, "s32": 4, "f32": 4}
+
+
+@named("quantize, 4 bits", "scaled_sign", "float8_e4m3fn", "float8_e5m2", "top_k, bitmap", "ternary")
+def test_what_devices_gather_is_the_packed_message(name):
+    devices = mesh.make()
+    link, d = COMPRESSORS[name].make(), 1000
+
+    def one_device(x, key):
+        message = sent(link, x[0], key[0])
+        return jax.lax.all_gather(message, "clients")
+
+    spec = PartitionSpec("clients")
+    gather = mesh.shard_map(mesh=devices, in_specs=(spec, spec), out_specs=PartitionSpec())(one_device)
+    x = np.random.default_rng(0).normal(size=(devices.size, d)).astype(np.float32)
+    program = jax.jit(gather).lower(x, KEYS[: devices.size]).compile().as_text()
+    gathered = re.findall(r"= (.*) all-gather(?:-start)?\(", program)
+    found = sorted(re.findall(r"(\w+)\[([\d,]*)\]", " ".join(gathered)))
+    message = jax.eval_shape(lambda x: sent(link, x), x[0])
+    names = {"uint8": "u8", "uint16": "u16", "uint32": "u32", "float32": "f32"}
+    sizes = [(names[x.dtype.name], devices.size * x.size) for x in jax.tree.leaves(message)]
+    assert sorted((kind, math.prod(map(int, shape.split(",")))) for kind, shape in found) == sorted(sizes)
+    assert (
+        sum(BYTES[k] * n for k, n in sizes)
+        == devices.size * compress.nbytes(message)
+        == devices.size * COMPRESSORS[name].size((d,))
+    )

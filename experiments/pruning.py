@@ -1,0 +1,154 @@
+"""Pruning by magnitude during federated training: accuracy and bytes by sparsity.
+
+Claim: most weights of the 2NN can be pruned while it trains at little cost in accuracy, and the bytes of both ways fall
+with them, zeros being left out and a bit for each number telling where they are.
+
+TABLE
+
+Source: Zhu and Gupta 2017 (arXiv:1710.01878) for the schedule; the notes' claim that the zeros of a pruned model are
+compressed away.
+
+Command: python experiments/pruning.py
+Expected: the table above.
+Time: TIME.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jfed import algorithms, clients, compress, core, data, experiment, local, models, plot, report, run, sampling
+from jfed.compress import lossless
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(experiment.Options):
+    """Settings."""
+
+    seeds: int = 3
+    rounds: int = 150
+    every: int = 10  # rounds between evaluations
+    begin: int = 20  # round in which pruning begins
+    end: int = 90  # round from which on the mask stays
+    num_clients: int = 100
+    cohort: int = 10
+    epochs: int = 2
+    batch_size: int = 20
+    learning_rate: float = 0.1
+    alpha: float = 0.5
+    sparsities: tuple[float, ...] = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98)
+
+
+SMOKE = {"rounds": 8, "every": 2, "begin": 1, "end": 4, "epochs": 1, "sparsities": (0.0, 0.9)}
+
+
+def main(config: Config) -> None:
+    """Trains at every sparsity, then shows a table and a picture."""
+    if not 0 <= config.begin < config.end < config.rounds:
+        raise ValueError(
+            f"pruning(begin={config.begin}, end={config.end}, rounds={config.rounds}): pruning begins, ends, and some "
+            "rounds follow; raise rounds."
+        )
+    train, test = data.fashion_small()
+    owner = data.partition.dirichlet(
+        jax.random.key(0), train["y"], num_clients=config.num_clients, alpha=config.alpha, min_size=10
+    )
+    population = data.by_owner(train, owner, num_classes=10)
+    cells = {
+        f"sparsity_{sparsity}": lambda s=sparsity: trained(config, population, test, s)
+        for sparsity in config.sparsities
+    }
+    whole, results = experiment.over_cells("pruning", config, cells)
+    rows, summary, curves = [], {"seeds": config.seeds}, {}
+    for sparsity in config.sparsities:
+        found = results[f"sparsity_{sparsity}"]
+        accuracy = 100 * np.array(found["accuracy"])  # [seeds, points]
+        summary |= report.spread(f"sparsity_{sparsity}", accuracy[:, -1])
+        rows.append(
+            {
+                "zeros": f"{100 * found['zeros']:.1f} %",
+                "accuracy, %": report.mean_and_std(accuracy[:, -1]),
+                "a message before": report.human_bytes(found["before"]),
+                "from then on": report.human_bytes(found["after"]),
+                "of all": f"1/{found['before'] / found['after']:.1f}",
+                "coded": report.human_bytes(found["coded"]),
+            }
+        )
+        curves[f"{sparsity:g}"] = (found["rounds"], accuracy.mean(0))
+    plot.plot_curves(
+        whole.folder / "accuracy.png",
+        curves,
+        xlabel="round",
+        ylabel="test accuracy, %",
+        title=f"Pruned from round {config.begin} to {config.end}, by the share of zeros",
+    )
+    print(report.table(f"After {config.rounds} rounds", rows), "\n")
+    print(f"picture and metrics: {whole.folder}\n")
+    report.finish(whole, summary)
+
+
+def trained(config: Config, population: core.Population, test: dict, sparsity: float) -> dict[str, Any]:
+    """Curves of every seed, and the bytes of a message before the mask stays and after."""
+    model = models.two_nn()
+    optimizer = optax.chain(compress.frozen_zeros(), optax.sgd(config.learning_rate))
+    work = local.sgd(models.cross_entropy(model), optimizer, batch_size=config.batch_size, epochs=config.epochs)
+    schedule = compress.cubic(sparsity, begin=config.begin, end=config.end)
+    server = optax.chain(optax.sgd(1.0), compress.prune(schedule))
+    client_map, place = experiment.over_devices(clients.lanes(1))
+    sampler = sampling.uniform(config.cohort, steps=work.steps)
+
+    def method(room):
+        # While the mask still changes the model is sent whole; then, what is not zero and where it lies.
+        zeros_left_out = optax.masked(compress.threshold(0.0, capacity=room), compress.kernels)
+        algorithm = algorithms.federated(
+            work, server=server, client_map=client_map, uplink=None if room == 1 else zeros_left_out
+        )
+        if room == 1:
+            return algorithm
+        return algorithms.compressed_downlink(algorithm, zeros_left_out, num_clients=config.num_clients, refuse=False)
+
+    # A round more than the mask needs: what is pruned in round `end` must have come through.
+    first = config.end + config.every - config.end % config.every
+    whole, sparse = method(1), method(min(1.0, 1 - sparsity + 1e-4))
+    curves, judge = [], {"every": config.every, "judge": models.metrics(model), "examples": place(test)}
+    for seed in range(config.seeds):
+        start, key = jax.random.split(jax.random.key(seed))
+        everyone, key = place(population), place(key)
+        state, before = run.scan_rounds(
+            whole, sampler, everyone, place(whole.init(model.init(start))), key, rounds=first, **judge
+        )
+        again = sparse.init(whole.params(state)) if sparsity else None
+        if sparsity:
+            again = again._replace(model=again.model._replace(server=state.server, round=state.round))
+        method_after = sparse if sparsity else whole
+        state, after = run.scan_rounds(
+            method_after,
+            sampler,
+            everyone,
+            place(again) if sparsity else state,
+            key,
+            rounds=config.rounds - first,
+            start=first,
+            **judge,
+        )
+        curves.append([*before["judged"]["accuracy"].tolist(), *after["judged"]["accuracy"].tolist()])
+    params = method_after.params(state)
+    weights = jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(params) if x.ndim > 1])
+    sent = compress.threshold(0.0, capacity=min(1.0, 1 - sparsity + 1e-4))
+    message, _ = optax.masked(sent, compress.kernels).update(params, optax.masked(sent, compress.kernels).init(params))
+    return {
+        "accuracy": curves,
+        "rounds": list(range(config.every, config.rounds + 1, config.every)),
+        "zeros": float(jnp.mean(weights == 0)),
+        "before": int(before["traffic"].up.max()),
+        "after": int(after["traffic"].up.max()),
+        "coded": len(lossless.encode(jax.tree.map(np.asarray, message))),
+    }
+
+
+if __name__ == "__main__":
+    experiment.cli(main, Config, smoke=SMOKE)
