@@ -28,8 +28,8 @@ def compressed_downlink(
 ) -> Algorithm:
     """A method whose clients are sent C(w - known), the change of the model since what they know, and not the model.
 
-    All that was left out of a change is part of the next: `known` follows the server's model as `compress.ef21` follows a
-    gradient. Clients train from `known`, and the server applies what comes back to its own model. With `ternary` both
+    What was left out of a change is part of the next: `known` follows the server's model as `compress.ef21` follows
+    a gradient. Clients train from `known`, and the server applies what comes back to its own model. With `ternary` both
     ways this is Sattler et al. 2019 (arXiv:1903.02891, Algorithm 2).
 
     A client that stayed away for some rounds is sent all the changes it missed or, where that is less, and the first

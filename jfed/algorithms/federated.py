@@ -104,6 +104,7 @@ def federated(
     if num_clients is not None:
         _validate.at_least_one("federated", "num_clients", num_clients, "it is the number of clients in the population")
     message = _same if message is None else message
+    made_of_message = decode is not None
     decode = (lambda message, shared: message) if decode is None else decode
 
     def arrived(sent: Tree, shared: Shared) -> Tree:
@@ -149,7 +150,15 @@ def federated(
         decoded = arrived(sent, shared)
         weighted = jax.tree.map(lambda m: client.weight * m, decoded)
         # A message that is not finite is not finite weighted either; without an uplink the update is the message.
-        checked = (weighted, remembered) if sent_as_is else (update, weighted, remembered)
+        # Of an encoded one, scales and values tell, and are fewer than what they decode to.
+        arrives = (
+            weighted
+            if made_of_message
+            else jax.tree.map(
+                lambda x: client.weight * x, [x for x in jax.tree.leaves(sent) if jnp.issubdtype(x.dtype, jnp.inexact)]
+            )
+        )
+        checked = (weighted, remembered) if sent_as_is else (update, arrives, remembered)
         sound = tree.all_finite(checked) & jnp.isfinite(client.weight) & (client.weight >= 0)
         if jax.tree.leaves(client.state) and num_clients is not None:
             sound &= client.ids < num_clients

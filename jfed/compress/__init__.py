@@ -7,12 +7,14 @@
     rotate  drive  eden                           random rotation
     power_sgd  count_sketch  fetch_sgd            low rank, sketches
     prune  cubic  frozen_zeros  kernels           weights that become zero and stay so
-    error_feedback  ef21  ef21_server  momentum_correction
+    error_feedback  ef21  ef21_server  momentum_correction  one_bit_adam
+    collectives  lossless                         all-reduces that move the packed bytes; the host's last step
     over_tree  decode  decoded  undecoded  nbytes the model as one vector; what a message stands for and weighs
 
 Links are chained: `optax.chain(top_k(0.01), quantize(4))` quantizes what was kept.
 """
 
+from jfed.compress import collectives, lossless
 from jfed.compress.count_sketch import count_sketch, fetch_sgd
 from jfed.compress.feedback import ef21, ef21_server, error_feedback, momentum_correction
 from jfed.compress.floats import low_precision, natural
@@ -28,6 +30,7 @@ from jfed.compress.message import (
     over_tree,
     undecoded,
 )
+from jfed.compress.one_bit_adam import OneBitAdamState, one_bit_adam
 from jfed.compress.power_sgd import power_sgd
 from jfed.compress.prune import cubic, frozen_zeros, kernels, prune
 from jfed.compress.quantize import lloyd_max, qsgd, quantize, terngrad
@@ -38,7 +41,9 @@ from jfed.compress.sparse import random_k, ternary, threshold, top_k
 __all__ = [
     "Decoder",
     "Encoded",
+    "OneBitAdamState",
     "Source",
+    "collectives",
     "count_sketch",
     "cubic",
     "decode",
@@ -52,12 +57,14 @@ __all__ = [
     "frozen_zeros",
     "kernels",
     "lloyd_max",
+    "lossless",
     "low_precision",
     "majority_vote",
     "momentum_correction",
     "natural",
     "nbytes",
     "nodes",
+    "one_bit_adam",
     "operator",
     "over_tree",
     "power_sgd",

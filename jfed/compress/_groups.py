@@ -110,6 +110,12 @@ def decode(
     return _joined(parts).reshape(shape).astype(dtype)
 
 
+def packed(x: Any, per: Per, width: int, levels: int = 0) -> tuple[tuple[str, _pack.Codes]]:
+    """What a `Decoder` says of the codes that `encode` makes."""
+    shape = _pieces(math.prod(x.shape), size(x, per), per, _pack.group(width))[0][1]
+    return (("codes", _pack.Codes(width, math.prod(shape) if len(shape) == 3 else 0, math.prod(x.shape), levels)),)
+
+
 def _pieces(d: int, b: int, per: Per, g: int) -> list[tuple[int, tuple[int, ...]]]:
     """First number and shape of each piece."""
     if per is None:

@@ -6,9 +6,27 @@ a byte of column j holds the codes of column j.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Codes(NamedTuple):
+    """How an array of codes is packed."""
+
+    width: int  # bits of a code
+    main: int  # codes that are packed together, in rows far apart; the others follow them, packed by themselves
+    count: int  # of codes
+    levels: int = 0  # those above 0 of codes with a sign
+
+
+class Places(NamedTuple):
+    """How positions are packed."""
+
+    blocks: int
+    b: int  # numbers in a block
+    k: int  # slots in a block, of which the last may be empty
 
 
 def group(width: int) -> int:

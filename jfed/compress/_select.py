@@ -78,7 +78,8 @@ def _kth(b: jax.Array, k: int | jax.Array) -> jax.Array:
         count = jnp.sum(b >= trial, dtype=jnp.int32)
         return i - 1, jnp.where(count >= k, trial, least), jnp.where(count >= k, count, reach)
 
-    begin = (jnp.int32(30), jnp.int32(0), jnp.int32(b.size))
+    zero = b.reshape(-1)[0] * 0  # of the type that `shard_map` gives what differs from device to device
+    begin = (zero + 30, zero, zero + b.size)
     return lax.while_loop(lambda c: (c[0] >= 0) & (c[2] != k), narrow, begin)[1]
 
 

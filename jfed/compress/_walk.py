@@ -4,44 +4,23 @@
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jfed.compress import _entropy, _groups, _pack, sparse
-from jfed.compress.floats import _power
+from jfed.compress import _entropy, _pack, sparse
+from jfed.compress._pack import Codes, Places
 from jfed.compress.message import Encoded, is_encoded
-from jfed.compress.quantize import _affine, _centroid, _signed
-from jfed.compress.sign import _decode as _of_sign
 from jfed.core import Tree
-
-
-class Packed(NamedTuple):
-    """How a node's codes are packed."""
-
-    width: int  # bits of a code
-    main: int  # codes that are packed together, in rows far apart; the others follow them, packed by themselves
-    count: int  # of codes
-    levels: int  # those above 0 of codes with a sign; else 0
-
-
-class Places(NamedTuple):
-    """How a node's positions are packed."""
-
-    blocks: int
-    b: int  # numbers in a block
-    k: int  # slots in a block, of which the last may be empty
 
 
 class Coder(NamedTuple):
     """What is done to each array; `live` says which of its numbers are not in empty slots, or is None."""
 
     plain: Callable  # (array, live) -> array
-    packed: Callable  # (array, Packed, live) -> array
+    packed: Callable  # (array, Codes, live) -> array
     places: Callable  # (array, Places) -> array, live
 
 
@@ -66,40 +45,21 @@ def through(message: Tree, coder: Coder) -> Tree:
     return jax.tree.map(one, message, is_leaf=is_encoded)
 
 
-def _packings(node: Encoded) -> dict[str, Packed | Places]:
+def _packings(node: Encoded) -> dict[str, Codes | Places]:
     """How arrays of a node are packed, by name, if they have the shapes that they were packed in."""
-    settings, function = node.decoder.settings, node.decoder.function
-    found: dict[str, Packed | Places] = {}
-    if function in (_affine, _signed, _centroid):
-        levels = settings[4] if function is _signed else 0
-        found["codes"] = _grouped(settings[0], settings[2], settings[3], levels)
-    elif function is _of_sign:
-        found["codes"] = _grouped(settings[0], settings[2], 1)
-    elif function is _power:
-        found["signs"] = _grouped((math.prod(settings[0]),), None, 1)
-    elif function is sparse._scatter:
-        b, k = settings[2:]
-        found["positions"] = Places(-(-math.prod(settings[0]) // b), b, k)
-    return {name: packing for name, packing in found.items() if node.rest[name].size == _nbytes(packing)}
+    return {name: packing for name, packing in node.decoder.packed if node.rest[name].size == _nbytes(packing)}
 
 
-def _grouped(shape: tuple[int, ...], per: _groups.Per, width: int, levels: int = 0) -> Packed:
-    """As `_groups.encode` packs codes."""
-    d, g = math.prod(shape), _pack.group(width)
-    first = _groups._pieces(d, _groups.size(jax.ShapeDtypeStruct(shape, jnp.float32), per), per, g)[0][1]
-    return Packed(width, math.prod(first) if len(first) == 3 else 0, d, levels)
-
-
-def _nbytes(packing: Packed | Places) -> int:
+def _nbytes(packing: Codes | Places) -> int:
     if isinstance(packing, Places):
         _, b, k = packing
-        each = -(-b // 8) if sparse._as_bitmap(b, k) else _pack.nbytes(k, sparse._width(b))
+        each = -(-b // 8) if sparse.as_bitmap(b, k) else _pack.nbytes(k, sparse.width(b))
         return packing.blocks * each
     left = packing.count - packing.main
     return packing.main * packing.width // 8 + (_pack.nbytes(left, packing.width) if left else 0)
 
 
-def unpacked(array: Any, packing: Packed, xp: Any) -> Any:
+def unpacked(array: Any, packing: Codes, xp: Any) -> Any:
     """The codes [count] of packed bytes, in the order of the numbers."""
     array = array.reshape(-1)
     cut = packing.main * packing.width // 8
@@ -107,7 +67,7 @@ def unpacked(array: Any, packing: Packed, xp: Any) -> Any:
     return xp.concatenate(parts)[: packing.count]
 
 
-def repacked(codes: np.ndarray, packing: Packed) -> np.ndarray:
+def repacked(codes: np.ndarray, packing: Codes) -> np.ndarray:
     """The inverse of `unpacked`: [bytes]."""
     parts = (codes[: packing.main], codes[packing.main :])
     return np.concatenate([_entropy.pack(part, packing.width) for part in parts if part.size])
@@ -117,23 +77,23 @@ def slots(array: Any, places: Places, xp: Any) -> Any:
     """Positions [blocks, k] in their block, b in empty slots; of a bitmap, flags [blocks, b]."""
     n, b, k = places
     rows = array.reshape(n, -1)
-    if not sparse._as_bitmap(b, k):
-        return _entropy.unpack(rows, sparse._width(b), xp)[:, :k].astype(np.int32)
+    if not sparse.as_bitmap(b, k):
+        return _entropy.unpack(rows, sparse.width(b), xp)[:, :k].astype(np.int32)
     return ((rows[:, :, None] >> np.arange(8, dtype=np.uint8)[None, None]) & 1).reshape(n, -1)[:, :b].astype(bool)
 
 
 def placed(positions: np.ndarray, places: Places) -> tuple[np.ndarray, np.ndarray]:
-    """Packed bytes of positions in all blocks laid end to end, and which slots [blocks k] hold one."""
+    """Codes bytes of positions in all blocks laid end to end, and which slots [blocks k] hold one."""
     n, b, k = places
     live = np.arange(k) < np.bincount(positions // b, minlength=n)[:, None]
-    if sparse._as_bitmap(b, k):
+    if sparse.as_bitmap(b, k):
         marks = np.zeros(n * b, np.uint8)
         marks[positions] = 1
         packed = np.packbits(marks.reshape(n, b), axis=1, bitorder="little")
     else:
         slots = np.full((n, k), b, np.uint32)
         slots[live] = positions % b
-        packed = _entropy.pack(slots, sparse._width(b))
+        packed = _entropy.pack(slots, sparse.width(b))
     return packed, live.reshape(-1)
 
 

@@ -62,13 +62,13 @@ class FetchState(NamedTuple):
 def fetch_sgd(
     sketch: optax.GradientTransformation, *, learning_rate: float, fraction: float, momentum: float = 0.9
 ) -> optax.GradientTransformationExtraArgs:
-    """The server of FetchSGD: momentum and error feedback inside the sketch (Rothchild et al. 2020, arXiv:2007.07682).
+    """The server of FetchSGD: momentum and error feedback in the sketch (Rothchild et al. 2020, arXiv:2007.07682).
 
     With S the mean sketch: S_u = momentum S_u + S, S_e = S_e + rate S_u, Delta = the largest of what S_e decodes to,
     which is applied. Its sketch is taken out of S_e, and S_u forgets the buckets it lies in.
 
     Args:
-      sketch: what clients send, `over_tree(count_sketch(...))` or `count_sketch(...)`, whose messages arrive `undecoded`.
+      sketch: what clients send, `over_tree(count_sketch(...))` or `count_sketch(...)`; it arrives `undecoded`.
       learning_rate: 1 applies what clients trained.
       fraction: of all numbers of the model, how many are applied a round, in (0, 1].
       momentum: in [0, 1]; 0 for none.

@@ -78,7 +78,8 @@ def natural() -> optax.GradientTransformationExtraArgs:
         signs = _groups.encode(flat, None, 1, lambda y: {}, lambda y, s, noise: (y < 0).astype(jnp.uint8))
         rest = {"signs": signs["codes"], "exponents": exponent.astype(jnp.uint8)}
         settings = (x.shape, jnp.dtype(x.dtype).name)
-        return Encoded({}, rest, Decoder("natural", _power, settings, contraction=True, linear=False))
+        packed = (("signs", _groups.packed(flat, None, 1)[0][1]),)
+        return Encoded({}, rest, Decoder("natural", _power, settings, True, False, packed))
 
     return operator("natural", encode, draws=True)
 

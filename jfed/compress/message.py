@@ -30,7 +30,10 @@ class Decoder(NamedTuple):
     function: Callable  # (payload, rest, *settings) -> array
     settings: tuple  # hashable
     contraction: bool  # whether |C(x) - x|^2 <= (1 - delta) |x|^2 for all x, with a delta above 0
-    linear: bool  # whether decoding the sum of payloads gives the sum of what they decode to
+    linear: bool  # whether the sum of payloads is the payload of the sum
+    packed: tuple[
+        tuple[str, Any], ...
+    ] = ()  # which arrays of `rest` are packed, and how: `_pack.Codes`, `_pack.Places`
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["payload", "rest"], meta_fields=["decoder"])

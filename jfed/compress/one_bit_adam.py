@@ -19,7 +19,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from jfed import _validate
-from jfed.compress.collectives import added, cut, differing, exchange, gather, hop_key, hop_round, own_key, uncut
+from jfed.compress._wire import added, cut, differing, exchange, gather, hop_key, hop_round, own_key, uncut
 from jfed.compress.feedback import FeedbackState, error_feedback
 from jfed.compress.message import decode
 from jfed.compress.sign import scaled_sign

@@ -73,7 +73,9 @@ def quantize(
         contraction = bits > 1 if noise is None else _groups.size(x, per) < 2 * top**2
         coded = _groups.encode(x, per, bits, statistics, code, noise)
         settings = (x.shape, jnp.dtype(x.dtype).name, per, bits)
-        return Encoded({}, coded, Decoder("quantize", _affine, settings, contraction, linear=False))
+        return Encoded(
+            {}, coded, Decoder("quantize", _affine, settings, contraction, False, _groups.packed(x, per, bits))
+        )
 
     return operator("quantize", encode, draws=rounding == "stochastic")
 
@@ -183,7 +185,7 @@ def lloyd_max(bits: int, *, per: Per = None) -> optax.GradientTransformationExtr
         coded = _groups.encode(x, per, bits, statistics, lambda y, s, noise: nearest(y, s["norm"]))
         del coded["norm"]
         settings = (x.shape, jnp.dtype(x.dtype).name, per, bits, centroids)
-        return Encoded({}, coded, Decoder("lloyd_max", _centroid, settings, contraction=False, linear=False))
+        return Encoded({}, coded, Decoder("lloyd_max", _centroid, settings, False, False, _groups.packed(x, per, bits)))
 
     return operator("lloyd_max", encode)
 
@@ -200,7 +202,9 @@ def _signed_levels(name, levels, statistics, per, omega):
         coded = _groups.encode(x, per, width, statistics, code, source.noise)
         settings = (x.shape, jnp.dtype(x.dtype).name, per, width, levels)
         contraction = omega(_groups.size(x, per)) < 1
-        return Encoded({}, coded, Decoder(name, _signed, settings, contraction, linear=False))
+        return Encoded(
+            {}, coded, Decoder(name, _signed, settings, contraction, False, _groups.packed(x, per, width, levels))
+        )
 
     return operator(name, encode, draws=True)
 

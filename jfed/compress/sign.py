@@ -76,7 +76,7 @@ def _signs(name, scale, per, *, contraction):
         del source
         coded = _groups.encode(x, per, 1, lambda y: {"scale": scale(y)}, lambda y, s, noise: (y < 0).astype(jnp.uint8))
         settings = (x.shape, jnp.dtype(x.dtype).name, per)
-        return Encoded({}, coded, Decoder(name, _decode, settings, contraction, linear=False))
+        return Encoded({}, coded, Decoder(name, _decode, settings, contraction, False, _groups.packed(x, per, 1)))
 
     return operator(name, encode)
 

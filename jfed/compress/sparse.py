@@ -67,7 +67,8 @@ def top_k(
         rows = jnp.pad(x.reshape(-1), (0, -d % b)).reshape(-1, b)
         values, positions = of_block(rows[0]) if len(rows) == 1 else jax.vmap(of_block)(rows)
         settings = (x.shape, jnp.dtype(x.dtype).name, b, k)
-        decoder = Decoder("top_k", _scatter, settings, contraction=method == "exact", linear=False)
+        packed = (("positions", _pack.Places(len(rows), b, k)),)
+        decoder = Decoder("top_k", _scatter, settings, contraction=method == "exact", linear=False, packed=packed)
         return Encoded({"values": values}, {"positions": positions}, decoder)
 
     return operator("top_k", encode)
@@ -96,7 +97,9 @@ def threshold(least: float, *, capacity: float) -> optax.GradientTransformationE
         row = x.reshape(-1)
         over = _select.bitmap(~(jnp.abs(row) <= least))  # a NaN is over it
         values, positions = _sparse(row, _select.largest(row, k) & over, k)
-        decoder = Decoder("threshold", _scatter, (x.shape, jnp.dtype(x.dtype).name, d, k), False, linear=False)
+        settings = (x.shape, jnp.dtype(x.dtype).name, d, k)
+        packed = (("positions", _pack.Places(1, d, k)),)
+        decoder = Decoder("threshold", _scatter, settings, contraction=False, linear=False, packed=packed)
         return Encoded({"values": values}, {"positions": positions}, decoder)
 
     return operator("threshold", encode)
@@ -157,22 +160,22 @@ def _sparse(row: jax.Array, words: jax.Array, k: int) -> tuple[jax.Array, jax.Ar
     d = row.shape[0]
     positions = _select.positions(words, k, d)
     values = jnp.where(positions < d, row[jnp.minimum(positions, d - 1)], 0)
-    if _as_bitmap(d, k):
+    if as_bitmap(d, k):
         # A sample may reach over k; only those kept are marked.
         marks = jnp.zeros(d, bool).at[positions].set(True, mode="drop", unique_indices=True, indices_are_sorted=True)
         return values, _bytes(_select.bitmap(marks))[: -(-d // 8)]
-    return values, _pack.pack(positions.astype(jnp.uint32), _width(d))
+    return values, _pack.pack(positions.astype(jnp.uint32), width(d))
 
 
 def _scatter(payload, rest, shape, dtype, b, k):
     d, values = math.prod(shape), payload["values"]
 
     def of_block(values, packed):
-        if _as_bitmap(b, k):
+        if as_bitmap(b, k):
             words = _words(jnp.pad(packed, (0, -packed.shape[0] % 4)))
             positions = _select.positions(words, k, b)
         else:
-            positions = _pack.unpack(packed, _width(b), k).astype(jnp.int32)
+            positions = _pack.unpack(packed, width(b), k).astype(jnp.int32)
         return jnp.zeros(b, values.dtype).at[positions].set(values, mode="drop")
 
     one = values.ndim == 1
@@ -191,13 +194,14 @@ def _drawn(words: jax.Array, k: int, d: int) -> jax.Array:
     return shuffle.position(shuffle.draw(words), jnp.arange(k, dtype=jnp.int32), d)
 
 
-def _width(d: int) -> int:
+def width(d: int) -> int:
     """Bits of an index that may also be d, an empty place."""
     return d.bit_length()
 
 
-def _as_bitmap(d: int, k: int) -> bool:
-    return -(-d // 8) <= _pack.nbytes(k, _width(d))
+def as_bitmap(d: int, k: int) -> bool:
+    """Whether k positions below d take fewer bytes as a bitmap."""
+    return -(-d // 8) <= _pack.nbytes(k, width(d))
 
 
 def _bytes(words: jax.Array) -> jax.Array:

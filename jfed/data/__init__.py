@@ -18,6 +18,10 @@ from jfed.data.synthetic import quadratic_loss, quadratics, synthetic, synthetic
 # still finds them.
 
 _LAZY = {
+    "Codec": "codecs",
+    "image_codec": "codecs",
+    "token_codec": "codecs",
+    "upload_bytes": "codecs",
     "read_idx": "readers",
     "read_cifar": "cifar",
     "read_leaf": "federated",

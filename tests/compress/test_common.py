@@ -182,9 +182,7 @@ COMPRESSORS = {
     "quantize, 1 bit": quantized(1),
     "quantize, 4 bits": quantized(4),
     "quantize, 3 bits a block": quantized(3, per=8),
-    "quantize to the nearest, 4 bits": quantized(4, "nearest"),
     "quantize to the nearest, 2 bits a row": quantized(2, "nearest", per="row"),
-    "qsgd, 1 level": leveled(2),
     "qsgd, 127 levels": leveled(8),
     "qsgd, 7 levels of the largest in a block": leveled(4, "max", per=8),
     "terngrad": Row(
@@ -196,11 +194,6 @@ COMPRESSORS = {
     "lloyd_max, 3 bits": normal_levels(3),
     "sign": Row(compress.sign, lambda shape: coded(shape, 1), keeps_zero=False, scales=False),
     "scaled_sign": Row(compress.scaled_sign, lambda shape: coded(shape, 1), delta=signs_delta),
-    "scaled_sign, a row": Row(
-        lambda: compress.scaled_sign(per="row"),
-        lambda shape: coded(shape, 1, "row"),
-        delta=lambda x: 1 - weighed(lambda part: 1 - signs_delta(part), "row")(x),
-    ),
     "bfloat16": small_floats("bfloat16", 2**-9, 0.0, 16),
     "float16": small_floats("float16", 2**-11, 2**-24, 16),
     "float8_e4m3fn": small_floats("float8_e4m3fn", 2**-4, 2**-9, 8),
@@ -320,6 +313,7 @@ def make_inputs():
         "zeros": np.zeros(D),
         "all equal": np.full(D, 0.7),
         "a millionth": heavy * 2.0**-20,
+        "nearly nothing": heavy * 1e-36,
         "a NaN": hole,
         "an infinity": endless,
     }
@@ -343,27 +337,8 @@ def those(claim):
 
 
 def named(*names):
+    """A few rows, where one of a kind is enough."""
     return pytest.mark.parametrize("name", [row for row in rows if row.values[0] in names])
-
-
-# Of each function of the room, one.
-ONE_OF_EACH = (
-    "quantize, 4 bits",
-    "quantize to the nearest, 2 bits a row",
-    "qsgd, 127 levels",
-    "lloyd_max, 3 bits",
-    "scaled_sign",
-    "float8_e4m3fn",
-    "natural",
-    "top_k, bitmap",
-    "random_k",
-    "rotate",
-    "power_sgd",
-    "count_sketch",
-)
-
-
-one_of_each = named(*ONE_OF_EACH)
 
 
 def sent(compressor, x, key=KEYS[0], round=0):
@@ -390,14 +365,15 @@ def turn_by_turn(name):
     def all_turns(keep):
         start = link.init(TURNS[0])
 
-        def step(carry, t):
+        def step(carry, turn):
+            x, key, round = turn
             state = jax.tree.map(lambda now, first: jnp.where(keep == 1, now, first), carry[0], start)
-            message, state = link.update(jnp.asarray(TURNS)[t], state, key=KEYS[t], round=t)
+            message, state = link.update(x, state, key=key, round=round)
             return (state, message), compress.decode(message)
 
         shapes = jax.eval_shape(functools.partial(sent, COMPRESSORS[name].make()), jnp.asarray(TURNS[0]))
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (state, last), decoded = jax.lax.scan(step, (start, nothing), jnp.arange(STEPS))
+        (state, last), decoded = jax.lax.scan(step, (start, nothing), (TURNS, KEYS[:STEPS], ROUNDS[:STEPS]))
         return decoded, last, state.residual
 
     return jax.jit(all_turns)
@@ -457,8 +433,9 @@ def test_zeros_stay_zeros(name):
 
 
 @compressors
-def test_numbers_all_equal_decode_to_finite_ones(name):
-    assert np.isfinite(drawn(name)["all equal"]).all()
+@pytest.mark.parametrize("kind", ["all equal", "nearly nothing"])
+def test_finite_numbers_decode_to_finite_ones(name, kind):
+    assert np.isfinite(drawn(name)[kind]).all()
 
 
 @compressors
@@ -486,7 +463,10 @@ def test_clients_side_by_side_are_those_in_turn(name):
         np.testing.assert_allclose(draws[t % len(draws)], alone, rtol=1e-5, atol=1e-6)
 
 
-@one_of_each
+EAGERLY = ["quantize, 4 bits", "scaled_sign", "float8_e5m2", "top_k, bitmap", "random_k", "power_sgd", "count_sketch"]
+
+
+@named(*EAGERLY)
 def test_a_compiled_message_is_an_eager_one(name):
     t = STEPS - 1
     eager = sent(COMPRESSORS[name].make(), jnp.asarray(TURNS[t]), KEYS[t], t)
@@ -530,24 +510,25 @@ def test_the_size_of_a_message_is_the_formula(name):
 
 OF_ANY_WIDTH = {
     "quantize": quantized,
-    "quantize, a block": functools.partial(quantized, per=16),
-    "qsgd": lambda b: leveled(max(b, 2)),  # zero and a sign take two bits
+    "qsgd": leveled,
     "lloyd_max": normal_levels,
-    "eden": lambda b: eden(min(b, 4)),  # of more bits tracing takes seconds, and it is lloyd_max for each block
+    "eden": eden,
 }
+WIDTHS = [(family, bits) for family in OF_ANY_WIDTH for bits in range(1, 9) if (family, bits) != ("qsgd", 1)]
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("family", OF_ANY_WIDTH)
+@pytest.mark.parametrize(("family", "bits"), WIDTHS)
 def test_the_size_of_codes_is_the_formula_for_every_width(family, bits):
     row = OF_ANY_WIDTH[family](bits)
-    assert [size_of(row, shape) for shape in VECTORS] == [row.size(shape) for shape in VECTORS]
+    # Comparing with hundreds of levels takes seconds to trace.
+    shapes = [(8,)] if bits > 2 and family in ("lloyd_max", "eden") else VECTORS
+    assert [size_of(row, shape) for shape in shapes] == [row.size(shape) for shape in shapes]
 
 
 def odd_shapes():
     rng = np.random.default_rng(4)
-    floats = {shape: rng.normal(size=shape).astype(np.float32) for shape in [(), (1,), (7,), (3, 5), (2, 3, 4, 5)]}
-    others = {"half": jnp.asarray(floats[3, 5], jnp.bfloat16), "empty": np.zeros((0, 3), np.float32)}
+    floats = {shape: rng.normal(size=shape).astype(np.float32) for shape in [(), (1,), (7,), (2, 3, 4, 5)]}
+    others = {"half": jnp.asarray(rng.normal(size=(3, 5)), jnp.bfloat16), "empty": np.zeros((0, 3), np.float32)}
     return {str(shape): x for shape, x in floats.items()} | others | {"integers": np.arange(3, dtype=np.int32)}
 
 
@@ -559,7 +540,11 @@ def test_shapes_and_dtypes_come_back(name):
     assert {kind: (x.shape, x.dtype) for kind, x in decoded.items()} == {kind: shapes[kind] for kind in tree}
 
 
-@named(*set(ONE_OF_EACH) - {"count_sketch"})  # of too few buckets nothing is claimed
+ONE_OF_EACH = ["quantize, 4 bits", "quantize to the nearest, 2 bits a row", "qsgd, 127 levels", "lloyd_max, 3 bits"]
+ONE_OF_EACH += ["scaled_sign", "float8_e4m3fn", "natural", "top_k, bitmap", "random_k", "rotate", "power_sgd"]
+
+
+@named(*ONE_OF_EACH)
 def test_numbers_of_every_shape_come_back_in_their_places(name):
     row = COMPRESSORS[name]
     tree = odd_shapes()

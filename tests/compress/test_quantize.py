@@ -17,8 +17,13 @@ KEYS = jax.random.split(jax.random.key(0), DRAWS)
 
 
 def sent(link, x, key=KEYS[0]):
-    x = jnp.asarray(x, jnp.float32)
+    x = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), x)
     return link.update(x, link.init(x), key=key)[0]
+
+
+def claims_contraction(link, d):
+    message = jax.eval_shape(lambda x: sent(link, x), jnp.ones(d))
+    return all(node.decoder.contraction for node in compress.nodes(message))
 
 
 def decoded(link, x, key=KEYS[0]):
@@ -72,17 +77,28 @@ def test_the_nearest_level_keeps_zero_and_moves_no_number_by_more_than_itself_or
     assert np.all(moved <= step * (1 / 2 + 1e-5))
 
 
-@WIDTHS
-def test_numbers_all_equal_come_back_as_they_are(bits):
-    np.testing.assert_allclose(decoded(compress.quantize(bits), np.full(50, -0.3)), np.float32(-0.3), rtol=1e-6)
-    np.testing.assert_allclose(decoded(compress.quantize(bits, rounding="nearest"), np.full(50, -0.3)), -0.3, rtol=1e-6)
+def test_zero_stays_zero_where_the_compiler_joins_products_and_sums():
+    """The tests compile without optimization, which would hide what a fused multiply-add leaves of k step - k step."""
+    x = jnp.asarray(many_arrays())
+    for bits in range(2, 9):
+        link = compress.quantize(bits, rounding="nearest", per="row")
+        usual = jax.jit(
+            lambda x, link=link: compress.decode(sent(link, x)), compiler_options={"xla_backend_optimization_level": 3}
+        )
+        assert not np.any(usual(x)[:, 17]), bits
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_numbers_all_equal_come_back_as_they_are(rounding):
+    same = np.full(50, -0.3)
+    np.testing.assert_allclose(decoded(compress.quantize(5, rounding=rounding), same), same, rtol=1e-6)
 
 
 def test_one_bit_to_the_nearest_is_no_contraction():
     """Of -1 and 1 the grid that holds 0 reaches one only, or none."""
     x = np.array([-1.0, 1.0])
     link = compress.quantize(1, rounding="nearest")
-    assert not any(node.decoder.contraction for node in compress.nodes(sent(link, x)))
+    assert not claims_contraction(link, 2)
     assert np.sum((decoded(link, x) - x) ** 2) >= 1.0
 
 
@@ -104,6 +120,19 @@ def test_qsgd_takes_each_level_as_often_as_the_paper_says(levels):
 def test_qsgd_by_the_largest_number_keeps_it():
     x = np.array([0.1, -4.0, 1.0])
     assert np.all(drawn(compress.qsgd(1, norm="max"), x)[:, 1] == -4.0)
+
+
+def test_numbers_keys_and_leaves_are_rounded_apart_from_each_other():
+    """The errors of 20 numbers of 2 leaves have no correlations over draws, nor with those of the next key."""
+    x = np.random.default_rng(3).normal(size=20).astype(np.float32)
+    tree = {"a": x, "b": x}
+    link = compress.quantize(2)
+    got = jax.jit(jax.vmap(lambda key: compress.decode(sent(link, tree, key))))(KEYS)
+    off = np.concatenate([np.asarray(got[leaf], np.float64) - x for leaf in "ab"], axis=1)
+    off = np.concatenate([off[:-1], off[1:]], axis=1)
+    off = off[:, off.std(0) > 0]  # the least and the largest are levels themselves
+    correlation = np.corrcoef(off.T) - np.eye(off.shape[1])
+    assert np.abs(correlation).max() <= 5 / math.sqrt(DRAWS)
 
 
 def test_terngrad_has_the_variance_of_a_coin():
@@ -131,7 +160,7 @@ def test_clipped_terngrad_claims_no_contraction(d):
     """Numbers all equal have no deviation to clip at, and decode to zeros, however few they are."""
     link = compress.terngrad(clip=2.5)
     assert not decoded(link, np.ones(d)).any()
-    assert not any(node.decoder.contraction for node in compress.nodes(sent(link, np.ones(d))))
+    assert not claims_contraction(link, d)
 
 
 # Max, Quantizing for minimum distortion, 1960, table I: levels above 0, and the mean squared error.
@@ -165,7 +194,7 @@ def test_lloyd_max_of_normal_numbers_loses_what_its_distortion_says(bits):
     np.testing.assert_allclose((got - x) @ (got - x) / (x @ x), distortion / (1 - distortion), rtol=0.02)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("bits", [1, 3, 5])
 def test_lloyd_max_keeps_the_inner_product(bits):
     """Its scale is the one with <C(x), x> = |x|^2, whatever x is."""
     x = np.random.default_rng(3).lognormal(size=300)
@@ -211,6 +240,19 @@ def test_a_nan_spoils_its_own_block_and_no_other(name):
     assert bad[16:32].all() and bad.sum() == 16
 
 
+STOCHASTIC = {"quantize": compress.quantize(3, per=16), "qsgd": compress.qsgd(3, per=16)}
+STOCHASTIC["terngrad"] = compress.terngrad(per=16)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("wild", [np.nan, np.inf, -np.inf])
+def test_a_block_that_holds_what_is_not_finite_decodes_to_nothing_finite(name, wild):
+    x = np.random.default_rng(8).normal(size=48)
+    x[20] = wild
+    bad = ~np.isfinite(drawn(STOCHASTIC[name], x)[:100])
+    assert np.all(bad == ((np.arange(48) >= 16) & (np.arange(48) < 32)))
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -233,8 +275,7 @@ def test_settings_out_of_range_are_refused(make, words):
 
 def test_what_was_kept_is_quantized_and_its_places_are_left_alone():
     x = np.random.default_rng(9).normal(size=1000)
-    plain = sent(compress.top_k(0.05), x)
-    both = sent(optax.chain(compress.top_k(0.05), compress.quantize(8, rounding="nearest")), x)
-    np.testing.assert_array_equal(both.rest["positions"], plain.rest["positions"])
-    span = np.ptp(plain.payload["values"])
-    np.testing.assert_allclose(compress.decode(both), compress.decode(plain), atol=span / 255)
+    plain = decoded(compress.top_k(0.05), x)
+    both = decoded(optax.chain(compress.top_k(0.05), compress.quantize(8, rounding="nearest")), x)
+    np.testing.assert_array_equal(both != 0, plain != 0)
+    np.testing.assert_allclose(both, plain, atol=(plain.max() - plain.min()) / 255)

@@ -92,14 +92,14 @@ ONE_BIT = {
     "drive": lambda: compress.drive(block=None),
     "uniform": lambda: optax.chain(compress.rotate(block=None), compress.quantize(1, per="row")),
 }
-# d, vectors, reference, how far the mean may be from it: 5 standard errors of these vectors and of some 100 of the
-# reference, which has 10 vectors or so of the longest.
+# d, vectors, reference, how far the mean may be from it. At d = 128 the reference is that of a few vectors: a vector's
+# error has a standard deviation of .013 and .085, and the next test says what the mean over many is.
 REFERENCE = [
-    pytest.param("drive", 128, 1000, 0.0573, 0.005),
+    pytest.param("drive", 128, 1000, 0.0573, 0.003),
     pytest.param("drive", 8192, 40, 0.0570, 0.0006),
     pytest.param("drive", 524288, 2, 0.0570, 0.0002, marks=pytest.mark.slow),
-    pytest.param("uniform", 128, 1000, 0.532, 0.03),
-    pytest.param("uniform", 8192, 40, 1.349, 0.06),
+    pytest.param("uniform", 128, 1000, 0.532, 0.02),
+    pytest.param("uniform", 8192, 40, 1.349, 0.04),
     pytest.param("uniform", 524288, 2, 2.150, 0.2, marks=pytest.mark.slow),
 ]
 
@@ -145,7 +145,7 @@ def test_eden_loses_what_its_levels_lose_of_normal_numbers_whatever_the_input(bi
 
 
 def test_eden_of_one_bit_is_drive():
-    x = jnp.asarray(np.random.default_rng(0).lognormal(size=1003), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).lognormal(size=203), jnp.float32)
     one, other = (jax.jit(functools.partial(sent, link))(x) for link in (compress.eden(1), compress.drive()))
     np.testing.assert_allclose(compress.decode(one), compress.decode(other), rtol=1e-4, atol=1e-5)
     assert compress.nbytes(one) == compress.nbytes(other)

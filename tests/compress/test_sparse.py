@@ -38,7 +38,7 @@ def with_ties(count, d, seed=0):
     return np.concatenate([few, few * (rng.random(few.shape) < 0.1)]).astype(np.float32)
 
 
-@pytest.mark.parametrize("d", [1, 31, 32, 33, 200, 1000])
+@pytest.mark.parametrize("d", [1, 32, 33, 1000])
 @pytest.mark.parametrize("fraction", [0.004, 0.3, 1.0])
 def test_top_k_keeps_what_a_stable_sort_puts_first(d, fraction):
     k = max(1, math.ceil(fraction * d))
@@ -181,11 +181,18 @@ def test_few_numbers_are_ranked_exactly_though_sampling_is_asked_for():
     np.testing.assert_array_equal(exact, sampled)
 
 
+def test_blocks_too_short_to_sample_are_ranked_exactly():
+    """A quarter of a block of 1024 numbers would hold 3 of its 11 largest, give or take as many."""
+    x = np.random.default_rng(0).normal(size=2**17)
+    exact, sampled = (both(compress.top_k(0.01, block=1024, method=m), x)[1] for m in ("exact", "sampled"))
+    np.testing.assert_array_equal(exact, sampled)
+
+
 def test_places_in_half_precision_keep_their_values():
     x = jnp.asarray(np.random.default_rng(0).normal(size=100), jnp.bfloat16)
-    message = sent(compress.top_k(0.1), x)
-    assert message.payload["values"].dtype == jnp.bfloat16
-    got = np.asarray(compress.decode(message), np.float32)
+    link = compress.top_k(0.1)
+    assert jax.eval_shape(lambda x: sent(link, x), x).payload["values"].dtype == jnp.bfloat16
+    got = np.asarray(jax.jit(lambda x: compress.decode(sent(link, x)))(x), np.float32)
     assert np.array_equal(got[got != 0], np.asarray(x, np.float32)[got != 0]) and np.count_nonzero(got) == 10
 
 
@@ -207,7 +214,6 @@ def test_settings_out_of_range_are_refused(make, words):
 
 
 def test_values_go_through_the_rest_of_the_chain():
-    """Indices, values and signs: what is sent of ternary is what top_k and scaled_sign send."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=1000), jnp.float32)
+    x = np.random.default_rng(0).normal(size=1000)
     chain = optax.chain(compress.top_k(0.05), compress.scaled_sign())
-    assert compress.decode(sent(chain, x)).tolist() == compress.decode(sent(compress.ternary(0.05), x)).tolist()
+    np.testing.assert_array_equal(both(chain, x)[1], both(compress.ternary(0.05), x)[1])
