@@ -1,20 +1,37 @@
 """The error of the mean of compressed vectors, for every operator, by dimension and bits.
 
-Claim: at one bit a number, rotation and the right scale (DRIVE) leave an error of .057 whatever the dimension, where a
+Claim: at one bit a number, rotation and the right scale (DRIVE) leave an error of .057 whatever the dimension, where
 rotation with plain one-bit quantization leaves ten to forty times as much, growing with it. EDEN at two and four bits
-is ahead of every grid.
+is ahead of every grid of that size.
 
-TABLE
+|                              | bits | d = 128 | d = 8192 | d = 524288 |
+|------------------------------|------|---------|----------|------------|
+| DRIVE                        |    1 | .0552   | .0568    | .0570      |
+| rotation, quantize(1)        |    1 | .5265   | 1.3642   | 2.1738     |
+| scaled signs                 |    1 | .0566   | .0639    | .0633      |
+| quantize(1)                  |    1 | .1943   | 1.0168   | 2.4352     |
+| sparse ternary, 10 %         |  1.1 | .1757   | .1668    | .1678      |
+| EDEN                         |    2 | .0117   | .0132    | .0133      |
+| rotation, quantize(2)        |    2 | .0461   | .1110    | .1827      |
+| quantize(2) in blocks of 128 |  2.5 | .0441   | .0474    | .0478      |
+| TernGrad                     |    2 | .2082   | 1.0300   | 2.4488     |
+| EDEN                         |    4 | .0009   | .0010    | .0010      |
+| rotation, quantize(4)        |    4 | .0018   | .0044    | .0068      |
+| quantize(4) in blocks of 128 |  4.5 | .0027   | .0028    | .0027      |
+| quantize(4)                  |    4 | .0027   | .0270    | .0957      |
+| qsgd(7)                      |    4 | .0407   | .6901    | 6.1937     |
+| natural                      |    9 | .0091   | .0081    | .0082      |
 
-|est - mean|^2 over the mean of |x_i|^2, for ten clients with log-normal(0, 1) vectors, and the bits that are sent for a
-number; mean of REPEATS.
+|est - mean|^2 over the mean of |x_i|^2, for ten clients with log-normal(0, 1) vectors, mean of five draws. Scales and
+seeds add up to a bit a number at d = 128, as the script's own table says. Scaled signs are nearly as good as DRIVE here
+since all numbers are positive, so that their mean alone tells much.
 
 Source: Vargaftik et al. 2021 (arXiv:2105.08339), table 1, and 2022 (arXiv:2108.08842). Their values for d of 128, 8192
 and 524288: DRIVE .0573, .0570, .0570; Hadamard and one bit .532, 1.349, 2.150.
 
 Command: python experiments/distributed_mean.py
 Expected: the table above.
-Time: TIME.
+Time: five minutes on two CPU cores, beside other work.
 """
 
 import dataclasses
@@ -54,7 +71,7 @@ class Config(experiment.Options):
 
     dimensions: tuple[int, ...] = (128, 8192, 524288)
     num_clients: int = 10
-    repeats: int = 20
+    repeats: int = 5
     operators: tuple[str, ...] = tuple(OPERATORS)
 
 

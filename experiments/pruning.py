@@ -1,16 +1,26 @@
 """Pruning by magnitude during federated training: accuracy and bytes by sparsity.
 
-Claim: most weights of the 2NN can be pruned while it trains at little cost in accuracy, and the bytes of both ways fall
-with them, zeros being left out and a bit for each number telling where they are.
+Claim: four fifths of the weights of the 2NN can be pruned while it trains without loss, nine tenths for a point, and
+the bytes of both ways fall with them, zeros being left out and a bit for each number telling where they are.
 
-TABLE
+| zeros | accuracy, % | a message | of all | coded |
+|-------|-------------|-----------|--------|-------|
+| 0 %   | 83.6 ± 0.9  | 796.8 kB  |      1 | 796.8 |
+| 50 %  | 83.8 ± 0.9  | 424.2 kB  |  1/1.9 | 390.0 |
+| 80 %  | 83.3 ± 1.0  | 185.6 kB  |  1/4.3 | 130.7 |
+| 90 %  | 82.7 ± 1.0  | 106.1 kB  |  1/7.5 |  47.9 |
+| 95 %  | 80.8 ± 1.2  |  63.3 kB  | 1/12.6 |  19.2 |
+| 98 %  | 78.8 ± 1.6  |  26.4 kB  | 1/30.2 |   9.2 |
 
-Source: Zhu and Gupta 2017 (arXiv:1710.01878) for the schedule; the notes' claim that the zeros of a pruned model are
-compressed away.
+Test accuracy after 150 rounds, mean and deviation of three seeds; a client's message once the mask stays, from round
+100 on; "coded", in kB, is the model's own, without zeros, after lossless coding.
+
+Source: Zhu and Gupta 2017 (arXiv:1710.01878) for the schedule; that the zeros of a pruned model are compressed away,
+lecture notes on decentralised learning.
 
 Command: python experiments/pruning.py
 Expected: the table above.
-Time: TIME.
+Time: ten minutes on two CPU cores, beside other work.
 """
 
 import dataclasses
@@ -146,7 +156,7 @@ def trained(config: Config, population: core.Population, test: dict, sparsity: f
         "zeros": float(jnp.mean(weights == 0)),
         "before": int(before["traffic"].up.max()),
         "after": int(after["traffic"].up.max()),
-        "coded": len(lossless.encode(jax.tree.map(np.asarray, message))),
+        "coded": len(lossless.encode(jax.tree.map(np.asarray, message if sparsity else params))),
     }
 
 

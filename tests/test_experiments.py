@@ -20,10 +20,14 @@ SCRIPTS = {
 COMPARISONS = [
     "adaptive_servers",
     "async_vs_sync",
+    "compression_frontier",
+    "distributed_mean",
     "fairness_qfedavg",
     "fedprox_stragglers",
     "niid_bench",
     "personalisation",
+    "pruning",
+    "quantization_bits",
     "robust_aggregation",
     "scaffold_similarity",
 ]

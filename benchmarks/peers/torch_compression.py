@@ -326,7 +326,7 @@ def error_feedback(inner: Way) -> Way:
 
 
 def per_tensor() -> Way:
-    """torch's quantized tensors of 8 bits, between least and largest."""
+    """The quantized tensors of torch, 8 bits between least and largest."""
 
     def encode(x, memory):
         low, high = (float(v) for v in torch.aminmax(x))
@@ -353,7 +353,7 @@ def hook_per_tensor() -> Way:
 
 
 def embedding_bag(name: str, per: int = 256) -> Way:
-    """torch's kernels for rows of embeddings of 8, 4 and 2 bits, least number and step beside each row's codes."""
+    """Kernels of torch for rows of embeddings of 8, 4 or 2 bits; least number and step lie beside a row's codes."""
     prepack = getattr(torch.ops.quantized, f"embedding_bag_{name}_prepack")
     unpack = getattr(torch.ops.quantized, f"embedding_bag_{name}_unpack")
     return Way(lambda x, memory: (prepack(blocks(x, per)),), lambda message, out, memory: put(unpack(message[0]), out))
@@ -372,7 +372,7 @@ def bitsandbytes(b: int, per: int) -> Way:
 
 
 def torchao(per: int) -> Way:
-    """torchao's affine quantization of 8 bits in blocks."""
+    """Affine quantization of torchao, 8 bits in blocks."""
     from torchao.quantization import quant_primitives as ao
 
     def encode(x, memory):
@@ -388,7 +388,7 @@ def torchao(per: int) -> Way:
 
 
 def hivemind(name: str) -> Way:
-    """hivemind's messages, as they are sent to its peers."""
+    """Messages of hivemind, as its peers send them."""
     from hivemind import compression
 
     kit = getattr(compression, name)()

@@ -25,8 +25,8 @@ MAPS = {
 }
 MESHES = {"sharded lanes(2)": mesh.make(), "sharded vectorised": mesh.make((2,))}
 # On every version of JAX; of the other methods, all of which are made of the same parts, one version is enough.
-EVERYWHERE = {"fedavg", "fedavg, full batch", "fedsgd", "fedadam", "scaffold", "fednova", "mime", "perfedavg", "apfl"}
-EVERYWHERE |= {"ifca", "fedbuff", "uplink with state", "aggregator of the stack"}
+EVERYWHERE = {"fedavg", "fedavg, full batch", "fedsgd", "scaffold", "mime", "perfedavg", "ifca", "fedbuff"}
+EVERYWHERE |= {"compressed both ways", "aggregator of the stack"}
 
 # Between them, all that a client map may be asked: several epochs, nested steps, memory, a stack. Other methods meet
 # one map of each kind.

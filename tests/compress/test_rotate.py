@@ -93,7 +93,7 @@ ONE_BIT = {
     "uniform": lambda: optax.chain(compress.rotate(block=None), compress.quantize(1, per="row")),
 }
 # d, vectors, reference, how far the mean may be from it. At d = 128 the reference is that of a few vectors: a vector's
-# error has a standard deviation of .013 and .085, and the next test says what the mean over many is.
+# error has a standard deviation of .013 and .09, and the next test says what the mean over many is.
 REFERENCE = [
     pytest.param("drive", 128, 1000, 0.0573, 0.003),
     pytest.param("drive", 8192, 40, 0.0570, 0.0006),

@@ -20,7 +20,7 @@ arrays that are there. It is stopped while it is not its turn.
 What is compared takes turns; seconds are medians, ratios medians of those of a turn. GB/s are the tree's bytes over the
 time of encoding and decoding.
 
-Command: python benchmarks/compression.py
+Command: python benchmarks/compressors.py
 Time: on two cores at rest a quarter of an hour for the operators, minutes for the others; `--smoke` takes a minute.
 """
 
@@ -51,7 +51,7 @@ import process as processes
 PARTS = ("operators", "top_k", "round", "peers")
 SHAPES = ((1024, 4096), (4096, 1024), (1000, 1000), (777, 777), (4096,), (1000,), (333,))  # ten million numbers
 SECONDS = 0.2  # a measurement repeats what it measures for about as long
-SMOKE = ("quantize(4, nearest)", "top_k(.01)", "power_sgd(2)", "error_feedback(scaled_sign)")
+SMOKE = ("quantize(4, nearest)", "error_feedback(scaled_sign)")
 processes.ENVIRONMENTS["compression"] = (
     "torch==2.13.0",
     "numpy==2.3.5",  # hivemind does not run with 2.4
@@ -173,8 +173,8 @@ def called(operator: optax.GradientTransformation, tree: core.Tree) -> Callable[
     return run
 
 
-def copying(tree: core.Tree, seconds: float) -> tuple[Callable, Callable]:
-    """`run()` of a copy in a loop and of one by a jitted call."""
+def copying(tree: core.Tree, seconds: float) -> dict[str, Callable[[], float]]:
+    """A copy in a loop and one by a jitted call."""
 
     def plus(tree, number):
         return jax.tree.map(lambda x: x + number, tree)
@@ -187,7 +187,7 @@ def copying(tree: core.Tree, seconds: float) -> tuple[Callable, Callable]:
         jax.block_until_ready(call(tree, 0.0))
         return time.perf_counter() - began
 
-    return lambda: loop(tree, 0.0), run
+    return {"copy": lambda: loop(tree, 0.0), "called copy": run}
 
 
 def turns(
@@ -209,6 +209,11 @@ def median_ratio(a: list[float], b: list[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
+def percent(a: list[float], b: list[float]) -> str:
+    """Their ratio."""
+    return f"{100 * median_ratio(a, b):.0f} %"
+
+
 def milliseconds(values: list[float]) -> str:
     """The median."""
     return f"{1e3 * statistics.median(values):.1f} ms"
@@ -225,80 +230,78 @@ def of_operators(options: argparse.Namespace) -> None:
     keep_in_loops()
     tree = tree_of(options.size)
     size = sum(x.size for x in jax.tree.leaves(tree))
-    copy, called_copy = copying(tree, options.seconds)
-    rows, table = [], chosen(options)
+    copies, table = copying(tree, options.seconds), chosen(options)
     with report.progress(len(table), "operators", unit="operators") as advance:
+        rows = []
         for name, operator in table.items():
-            run, nbytes = apart(operator, tree, options.seconds)
-            together, call = fused(operator, tree, options.seconds), called(operator, tree)
-            took = turns(
-                options.turns,
-                {
-                    "copy": copy,
-                    "encode": lambda: run(tree, 1, 0),
-                    "decode": lambda: run(tree, 0, 1),
-                    "both": lambda: run(tree, 1, 1),
-                    "fused": lambda: together(tree),
-                    "called copy": called_copy,
-                    "called": call,
-                },
-            )
-            both = statistics.median(took["both"])
-            rows.append(
-                {
-                    "operator": name,
-                    "bits": f"{8 * nbytes / size:.2f}",
-                    "encode": milliseconds(took["encode"]),
-                    "decode": milliseconds(took["decode"]),
-                    "both": milliseconds(took["both"]),
-                    "GB/s": f"{4e-9 * size / both:.2f}",
-                    "copy / both": f"{100 * median_ratio(took['copy'], took['both']):.0f} %",
-                    "one program": milliseconds(took["fused"]),
-                    "called": milliseconds(took["called"]),
-                    "called copy / it": f"{100 * median_ratio(took['called copy'], took['called']):.0f} %",
-                }
-            )
+            rows.append({"operator": name} | of_operator(operator, tree, copies, options))
             advance(1)
-            del run, together, call  # with the arrays they hold
-    copies = turns(options.turns, {"copy": copy, "called copy": called_copy})
-    speed = 4e-9 * size / statistics.median(copies["copy"])
-    print(
-        f"A copy of the tree takes {milliseconds(copies['copy'])} in a loop, {speed:.2f} GB/s, "
-        f"and {milliseconds(copies['called copy'])} by a call"
-    )
+    took = turns(options.turns, copies)
+    speed = 4e-9 * size / statistics.median(took["copy"])
+    print(f"A copy takes {milliseconds(took['copy'])}, {speed:.2f} GB/s; called, {milliseconds(took['called copy'])}")
     print(report.table(f"Encoding and decoding {size:,} numbers, median of {options.turns}", rows))
+
+
+def of_operator(
+    operator: optax.GradientTransformation,
+    tree: core.Tree,
+    copies: dict[str, Callable[[], float]],
+    options: argparse.Namespace,
+) -> dict[str, str]:
+    """An operator's row."""
+    loop, nbytes = apart(operator, tree, options.seconds)
+    together, size = fused(operator, tree, options.seconds), sum(x.size for x in jax.tree.leaves(tree))
+    runs = {
+        "encode": lambda: loop(tree, 1, 0),
+        "decode": lambda: loop(tree, 0, 1),
+        "both": lambda: loop(tree, 1, 1),
+        "fused": lambda: together(tree),
+        "called": called(operator, tree),
+    }
+    took = turns(options.turns, copies | runs)
+    return {
+        "bits": f"{8 * nbytes / size:.2f}",
+        "encode": milliseconds(took["encode"]),
+        "decode": milliseconds(took["decode"]),
+        "both": milliseconds(took["both"]),
+        "GB/s": f"{4e-9 * size / statistics.median(took['both']):.2f}",
+        "copy / both": percent(took["copy"], took["both"]),
+        "one program": milliseconds(took["fused"]),
+        "called": milliseconds(took["called"]),
+        "called copy / called": percent(took["called copy"], took["called"]),
+    }
 
 
 def of_top_k(options: argparse.Namespace) -> None:
     """A row a length and fraction."""
     keep_in_loops()
-    rows, sizes = [], [size for size in (options.size, 200_000) if size <= options.size]
+    rows, sizes = [], [options.size, *([200_000] if options.size > 200_000 else [])]
     with report.progress(2 * len(sizes), "top_k", unit="settings") as advance:
         for d in sizes:
             x = jnp.asarray(np.random.default_rng(0).standard_normal(d, np.float32))
             for fraction in (0.01, 0.05):
-                steps = {
-                    "lax.top_k": lambda x, k=math.ceil(fraction * d - 1e-9): lax.top_k(jnp.abs(x), k),
-                    "exact": lambda x, f=fraction: updating(compress.top_k(f))(x, optax.EmptyState(), 0)[0],
-                    "sampled": lambda x, f=fraction: updating(compress.top_k(f, method="sampled"))(
-                        x, optax.EmptyState(), 0
-                    )[0],
-                }
-                loops = {
-                    name: repeated(lambda i, held, x, f=f: f(x), jax.jit(f)(x), x, seconds=options.seconds)
-                    for name, f in steps.items()
-                }
-                took = turns(options.turns, {name: lambda run=run: run(x) for name, run in loops.items()})
-                rows.append(
-                    {"numbers": f"{d:,}", "kept": f"{100 * fraction:.0f} %"}
-                    | {name: milliseconds(values) for name, values in took.items()}
-                    | {
-                        f"{name} / lax.top_k": f"{median_ratio(took[name], took['lax.top_k']):.3f}"
-                        for name in ("exact", "sampled")
-                    }
-                )
+                methods = ("lax.top_k", "exact", "sampled")
+                runs = {method: selecting(x, fraction, method, options.seconds) for method in methods}
+                took = turns(options.turns, runs)
+                row = {"numbers": f"{d:,}", "kept": f"{100 * fraction:.0f} %"}
+                row |= {name: milliseconds(values) for name, values in took.items()}
+                for method in ("exact", "sampled"):
+                    row[f"{method} / lax.top_k"] = f"{median_ratio(took[method], took['lax.top_k']):.3f}"
+                rows.append(row)
                 advance(1)
     print(report.table(f"Encoding by top_k, median of {options.turns}", rows))
+
+
+def selecting(x: jax.Array, fraction: float, method: str, seconds: float) -> Callable[[], float]:
+    """`run()` of a loop of encoding by `top_k`, or of XLA's own of the magnitudes."""
+
+    def function(x):
+        if method == "lax.top_k":
+            return lax.top_k(jnp.abs(x), math.ceil(fraction * x.size - 1e-9))
+        return updating(compress.top_k(fraction, method=method))(x, optax.EmptyState(), 0)[0]
+
+    run = repeated(lambda i, held, x: function(x), jax.jit(function)(x), x, seconds=seconds)
+    return lambda: run(x)
 
 
 def of_round(options: argparse.Namespace) -> None:
@@ -321,8 +324,10 @@ def of_round(options: argparse.Namespace) -> None:
         "scaled_sign": compress.scaled_sign(),
         "error_feedback(scaled_sign)": compress.error_feedback(compress.scaled_sign()),
     }
+    if options.smoke:
+        uplinks = {name: uplinks[name] for name in ("none", "error_feedback(scaled_sign)")}
     runs, sent = {}, {}
-    with report.progress(len(uplinks) + options.turns, "rounds", unit="compiled uplinks and turns") as advance:
+    with report.progress(len(uplinks) + options.turns, "rounds", unit="steps") as advance:
         for name, uplink in uplinks.items():
             memory = {"num_clients": n} if name.startswith("error_feedback") else {}
             algorithm = algorithms.fedavg(work, uplink=uplink, client_map=client_map, **memory)
@@ -381,24 +386,40 @@ def of_peers(options: argparse.Namespace) -> None:
             table = {name: operator for name, operator in chosen(options).items() if name in told["ways"]}
             with report.progress(len(table), "peers", unit="operators") as advance:
                 for name, operator in table.items():
-                    run, nbytes = apart(operator, tree, options.seconds)
-                    answers: dict[str, dict] = {}
-
-                    def asked(way, name=name, answers=answers):
-                        answers[way] = processes.ask(peer, f"{name}\t{way}")
-                        return answers[way]["encode"] + answers[way]["decode"]
-
-                    runs = {way: lambda way=way: asked(way) for way in told["ways"][name]}
-                    took = turns(options.turns, {"jfed": lambda: run(tree, 1, 1)} | runs)
-                    for way, values in took.items():
-                        bits = 8 * (nbytes if way == "jfed" else answers[way]["bytes"]) / size
-                        row = {"operator": name, "by": way, "bits": f"{bits:.2f}", "both": milliseconds(values)}
-                        rows.append(row | {"it / jfed": f"{median_ratio(values, took['jfed']):.2f}"})
+                    rows += beside(name, operator, tree, peer, told["ways"][name], options)
                     advance(1)
-                    del run
         finally:
             processes.kill(peer)
     print(report.table(f"Encoding and decoding {size:,} numbers, {cores()} threads, median of {options.turns}", rows))
+
+
+def beside(
+    name: str,
+    operator: optax.GradientTransformation,
+    tree: core.Tree,
+    peer: processes.Process,
+    ways: list[str],
+    options: argparse.Namespace,
+) -> list[dict[str, str]]:
+    """An operator's rows."""
+    loop, nbytes = apart(operator, tree, options.seconds)
+    answers: dict[str, dict] = {"jfed": {"bytes": nbytes}}
+
+    def asked(way):
+        answers[way] = processes.ask(peer, f"{name}\t{way}")
+        return answers[way]["encode"] + answers[way]["decode"]
+
+    took = turns(options.turns, {"jfed": lambda: loop(tree, 1, 1)} | {way: lambda way=way: asked(way) for way in ways})
+    return [
+        {
+            "operator": name,
+            "by": way,
+            "bits": f"{8 * answers[way]['bytes'] / sum(x.size for x in jax.tree.leaves(tree)):.2f}",
+            "encode and decode": milliseconds(values),
+            "it / jfed": f"{median_ratio(values, took['jfed']):.2f}",
+        }
+        for way, values in took.items()
+    ]
 
 
 def chosen(options: argparse.Namespace) -> dict[str, optax.GradientTransformation]:
