@@ -1,18 +1,27 @@
 """What quantization costs and saves, bit by bit.
 
-Claim: the bytes of an update fall linearly with the bits of a number, and accuracy stays until few are left.
+Claim: the bytes of an update fall linearly with the bits of a number, and accuracy stays down to two of them: rounded at
+random, or rounded to the nearest with error feedback.
 
-TABLE
+| bits | a message | stochastic, % | nearest, % | with error feedback, % |
+|------|-----------|---------------|------------|------------------------|
+|    1 |   24.9 kB | 81.4          | 42.4       | 55.8                   |
+|    2 |   49.9 kB | 83.1          | 80.2       | 83.0                   |
+|    4 |   99.7 kB | 82.6          | 82.8       | 82.9                   |
+|    8 |  199.3 kB | 83.4          | 83.3       | 83.0                   |
+|   32 |  796.8 kB | 82.7          |            |                        |
 
-The 2NN on the images that come with jfed, 100 clients, Dirichlet(.5), ten a round. A message takes SLOPE bytes for each
-bit of width, d / 8 being 24,901, and no width is further than OFF from that line.
+The 2NN on the images that come with jfed, 100 clients, Dirichlet(.5), ten a round, 100 rounds; mean test accuracy of the
+last three evaluations, one seed. A message takes 24,899.6 bytes for each bit of width, d / 8 being 24,901, and 54
+besides; no width is further than 0.01 % from that line. One bit to the nearest knows 0 and one other level: for one bit
+there are signs.
 
 Source: the claim of lecture notes on decentralised learning, that cost is linear in bit width; operators as in
 `jfed.compress.quantize`.
 
-Command: python experiments/quantization_bits.py
-Expected: the table above.
-Time: TIME.
+Command: python experiments/quantization_bits.py --seeds 1 --bits 1 2 4 8 32
+Expected: the table above; without options three seeds and ten widths.
+Time: four minutes on two CPU cores, beside other work.
 """
 
 import dataclasses
