@@ -1,7 +1,7 @@
 """What quantization costs and saves, bit by bit.
 
-Claim: the bytes of an update fall linearly with the bits of a number, and accuracy stays down to two of them: rounded at
-random, or rounded to the nearest with error feedback.
+Claim: the bytes of an update fall linearly with the bits of a number, and accuracy stays down to two of them, rounded
+at random, or to the nearest with error feedback.
 
 | bits | a message | stochastic, % | nearest, % | with error feedback, % |
 |------|-----------|---------------|------------|------------------------|
@@ -11,8 +11,8 @@ random, or rounded to the nearest with error feedback.
 |    8 |  199.3 kB | 83.4          | 83.3       | 83.0                   |
 |   32 |  796.8 kB | 82.7          |            |                        |
 
-The 2NN on the images that come with jfed, 100 clients, Dirichlet(.5), ten a round, 100 rounds; mean test accuracy of the
-last three evaluations, one seed. A message takes 24,899.6 bytes for each bit of width, d / 8 being 24,901, and 54
+The 2NN on the images that come with jfed, 100 clients, Dirichlet(.5), ten a round, 100 rounds; mean test accuracy of
+the last three evaluations, one seed. A message takes 24,899.6 bytes for each bit of width, d / 8 being 24,901, and 54
 besides; no width is further than 0.01 % from that line. One bit to the nearest knows 0 and one other level: for one bit
 there are signs.
 
