@@ -89,7 +89,8 @@ def _scale(flat: jax.Array, x: jax.Array, per: Per, top: float) -> jax.Array:
     short = -flat.size % b
     padded = jnp.pad(jnp.abs(flat), (0, short)) if short else jnp.abs(flat)
     largest = jnp.max(padded.reshape(-1, b), axis=1)
-    return jnp.where(largest == 0, 1, largest / top)
+    # Not less than a normal number: a scale that becomes 0 would leave nothing finite.
+    return jnp.where(largest == 0, 1, jnp.maximum(largest / top, jnp.finfo(jnp.float32).tiny))
 
 
 def _spread(scale: jax.Array, x, per: Per) -> jax.Array:
