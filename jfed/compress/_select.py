@@ -19,7 +19,11 @@ def largest(x: jax.Array, k: int) -> jax.Array:
     [6]
     """
     b = _magnitude(x)
-    least = _kth(b, k)
+    return _of_threshold(b, k, _kth(b, k))
+
+
+def _of_threshold(b, k, least):
+    """Those above it, and of those equal to it the first until there are k."""
     above, equal = bitmap(b > least), bitmap(b == least)
     count = lax.population_count(equal).astype(jnp.int32)
     wanted = k - jnp.sum(lax.population_count(above).astype(jnp.int32))
@@ -31,7 +35,7 @@ def over_sample(x: jax.Array, k: int, stride: int) -> jax.Array:
     """Bitmap of about the k largest magnitudes: all that reach the threshold found on every `stride`-th number."""
     sample = x[::stride]
     least = _kth(_magnitude(sample), max(1, round(k * sample.size / x.size)))
-    return bitmap(_magnitude(x) >= least)
+    return _of_threshold(_magnitude(x), k, least)
 
 
 def bitmap(mask: jax.Array) -> jax.Array:

@@ -61,11 +61,15 @@ def quantize(
             return {"low": low, "step": (high - low) / top}
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
         step = (high - low) / top
-        return {"low": -jnp.round(-low / jnp.maximum(step, _TINY)) * step, "step": step}
+        # The level that is 0 is sent, not the least one: step (c - zero) is 0 for it whatever the compiler fuses.
+        return {"zero": jnp.round(-low / jnp.maximum(step, _TINY)), "step": step}
 
     def code(y, s, noise):
-        level = (y - s["low"]) * (1 / jnp.maximum(s["step"], _TINY))
-        level = jnp.round(level) if noise is None else jnp.floor(level + noise)
+        per_step = 1 / jnp.maximum(s["step"], _TINY)
+        if noise is None:
+            level = jnp.round(y * per_step) + s["zero"]
+        else:
+            level = jnp.floor((y - s["low"]) * per_step + noise)
         return jnp.clip(level, 0, top).astype(jnp.uint8)
 
     def encode(x: jax.Array, source: Source) -> Encoded:
@@ -148,7 +152,9 @@ def terngrad(*, clip: float | None = None, per: Per = None) -> optax.GradientTra
         return {"norm": jnp.minimum(largest, clip * jnp.std(y, -1, keepdims=True))}
 
     # E|Q(x) - x|^2 = max|x| |x|_1 - |x|^2, at most (sqrt(d) - 1) / 2 of |x|^2.
-    return _signed_levels("terngrad", 1, statistics, per, lambda d: (math.sqrt(d) - 1) / 2)
+    return _signed_levels(
+        "terngrad", 1, statistics, per, lambda d: (math.sqrt(d) - 1) / 2 if clip is None else math.inf
+    )
 
 
 def lloyd_max(bits: int, *, per: Per = None) -> optax.GradientTransformationExtraArgs:
@@ -210,7 +216,11 @@ def _signed_levels(name, levels, statistics, per, omega):
 
 
 def _affine(payload, rest, shape, dtype, per, bits):
-    return _groups.decode(rest, lambda c, s: s["low"] + s["step"] * c.astype(jnp.float32), shape, dtype, per, bits)
+    def value(c, s):
+        c = c.astype(jnp.float32)
+        return s["step"] * (c - s["zero"]) if "zero" in s else s["low"] + s["step"] * c
+
+    return _groups.decode(rest, value, shape, dtype, per, bits)
 
 
 def _signed(payload, rest, shape, dtype, per, width, levels):

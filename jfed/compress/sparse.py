@@ -60,7 +60,7 @@ def top_k(
         k = max(1, math.ceil(fraction * b - 1e-9))
 
         def of_block(row):
-            stride = min(64, d // _SAMPLE) if method == "sampled" else 1
+            stride = min(64, b // _SAMPLE) if method == "sampled" else 1
             words = _select.over_sample(row, k, stride) if stride > 1 else _select.largest(row, k)
             return _sparse(row, words, k)
 
