@@ -193,11 +193,13 @@ def copying(tree: core.Tree, seconds: float) -> dict[str, Callable[[], float]]:
 def turns(
     count: int, runs: dict[str, Callable[[], float]], advance: Callable[[int], None] = lambda n: None
 ) -> dict[str, list[float]]:
-    """Seconds of each, one after another, `count` times after one that is left out."""
+    """Seconds of each, one after another, `count` times after one that is left out; another begins each turn."""
     took: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
     for turn in range(count + 1):
-        for name, run in runs.items():
-            seconds = run()
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds = runs[name]()
             if turn:
                 took[name].append(seconds)
         advance(min(turn, 1))

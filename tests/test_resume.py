@@ -14,7 +14,7 @@ import numpy as np
 import problem
 import pytest
 
-from jfed import checkpoint, report
+from jfed import checkpoint, ledger, report
 
 HERE = Path(__file__).parent
 
@@ -37,7 +37,11 @@ def rows_in(folder):
 
 
 def final_state(folder):
-    like = {"state": killed.METHOD.init(problem.PARAMS), "key": killed.KEY}
+    like = {
+        "state": killed.METHOD.init(problem.PARAMS),
+        "key": killed.KEY,
+        "ledger": ledger.empty(problem.CLIENTS),
+    }
     return checkpoint.restore(folder / "checkpoints", like)
 
 
@@ -57,8 +61,13 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_in_the_same_bits(tmp_path):
 
     (step, expected), (same_step, resumed) = final_state(tmp_path / "whole"), final_state(folder)
     assert step == same_step == killed.ROUNDS
-    for a, b in zip(jax.tree.leaves(expected["state"]), jax.tree.leaves(resumed["state"]), strict=True):
+    for a, b in zip(
+        jax.tree.leaves((expected["state"], expected["ledger"])),
+        jax.tree.leaves((resumed["state"], resumed["ledger"])),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
+    assert (folder / "bytes_by_client.csv").read_bytes() == (tmp_path / "whole" / "bytes_by_client.csv").read_bytes()
     for a, b in zip(report.rows(tmp_path / "whole"), report.rows(folder), strict=True):
         assert a | {"seconds": 0} == b | {"seconds": 0}
     assert (folder / "summary.json").read_bytes() == (tmp_path / "whole" / "summary.json").read_bytes()

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from problem import PARAMS, POPULATION, SIZES, examples_of
 
-from jfed import data, local, mesh, run, sampling
+from jfed import data, ledger, local, mesh, run, sampling
 from jfed.algorithms import fedavgm, federated
 from jfed.clients import dealt, lanes, vectorised
 from jfed.core import Algorithm
@@ -56,6 +56,14 @@ def counted(method):
     return Algorithm(method.init, round_fn, method.params), traces
 
 
+def by_client(moments):
+    """The moments, with a ledger of each stretch for its slots, which lie otherwise where clients are dealt."""
+    return [
+        m._replace(metrics=m.metrics | {"traffic": ledger.add(ledger.empty(problem.CLIENTS), m.metrics["traffic"])})
+        for m in moments
+    ]
+
+
 def threads():
     return [t for t in threading.enumerate() if t.name.startswith("jfed-stream")]
 
@@ -89,7 +97,7 @@ def test_a_streamed_run_may_be_cut_and_taken_up_anywhere():
 def test_a_run_dealt_over_devices_is_the_run_on_one(shape, names):
     devices = mesh.make(shape, names)
     method = fedavgm(QUICK_WORK, client_map=dealt(devices, lanes(2)))
-    problem.close(list(stream(method, SAMPLER, mesh=devices)), list(stream(QUICK, SAMPLER)))
+    problem.close(by_client(stream(method, SAMPLER, mesh=devices)), by_client(stream(QUICK, SAMPLER)))
 
 
 @pytest.mark.slow
@@ -99,8 +107,8 @@ def test_methods_that_remember_broadcast_or_stack_run_dealt_over_devices(name):
     sampler = sampling.uniform(5, steps=methods.METHODS[name][0].steps)
     together, alone = methods.make(name, dealt(DEVICES, lanes(2))), methods.make(name, vectorised())
     problem.close(
-        list(stream(together, sampler, rounds=2, every=2, mesh=DEVICES)),
-        list(stream(alone, sampler, rounds=2, every=2)),
+        by_client(stream(together, sampler, rounds=2, every=2, mesh=DEVICES)),
+        by_client(stream(alone, sampler, rounds=2, every=2)),
     )
 
 
@@ -249,7 +257,7 @@ def test_clients_that_arrive_are_the_cohorts_of_a_schedule():
     state = QUICK.init(PARAMS)
     method, traces = counted(QUICK)
     moments = list(run.stream_clients(method, arriving(11), state, KEY, every=4, **OF_THREE))
-    problem.close(moments, expected, tolerance=1e-6)
+    problem.close(by_client(moments), by_client(expected), tolerance=1e-6)
     assert len(traces) == 1
 
 
