@@ -1,15 +1,23 @@
 """Which k of d numbers are largest, as a bitmap, and the positions that a bitmap holds.
 
 The k-th largest magnitude is found bit by bit: floats above zero lie in the order of their bits, so counting how many
-reach a threshold, at most 31 times, settles it. That reads the numbers often but moves none, where
-a sort moves all of them.
+reach a threshold, at most 31 times, settles it. Of many numbers a sample says first between which two the k-th lies,
+and only those between are looked at so often (Floyd and Rivest 1975); where the sample misleads, or many are equal, all
+are. That moves few numbers, where a sort moves all.
 
 Letters: d numbers, k kept; word w of a bitmap holds numbers 32 w to 32 w + 31, lowest bit first.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+_SAMPLE = 2**13  # numbers that a bracket is drawn from, about
+_MANY = 2**16  # numbers from which on it pays
+_LARGEST = 2**31 - 1  # more than the bits of any magnitude
 
 
 def largest(x: jax.Array, k: int) -> jax.Array:
@@ -19,7 +27,7 @@ def largest(x: jax.Array, k: int) -> jax.Array:
     [6]
     """
     b = _magnitude(x)
-    return _of_threshold(b, k, _kth(b, k))
+    return _of_threshold(b, k, _kth(b, k) if b.size < _MANY else _bracketed(b, k))
 
 
 def _of_threshold(b, k, least):
@@ -73,8 +81,32 @@ def _magnitude(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 0x7FFFFFFF
 
 
-def _kth(b: jax.Array, k: int | jax.Array) -> jax.Array:
-    """A threshold that at least k reach, and exactly k unless the k-th largest is met more than once."""
+def _bracketed(b: jax.Array, k: int) -> jax.Array:
+    """`_kth` of many numbers."""
+    d = b.size
+    sample = b[:: d // _SAMPLE | 1]
+    m = sample.size
+    margin = 4 * math.sqrt(k / d * (1 - k / d) * m) + 1  # standard deviations of the rank among the sample
+    low = _kth(sample, min(m, math.ceil(k / d * m + margin)))
+    high = jnp.where(k / d * m > margin, _kth(sample, max(1, math.floor(k / d * m - margin))), _LARGEST)
+    room = min(d, math.ceil(3 * margin / m * d))
+    above, between = jnp.sum(b >= high, dtype=jnp.int32), bitmap((b >= low) & (b < high))
+    count = jnp.sum(lax.population_count(between).astype(jnp.int32))
+    found = (above < k) & (above + count >= k) & (count <= room)
+    where = positions(between, room, d)
+    few = jnp.where(where < d, b[jnp.minimum(where, d - 1)], 0)
+    least = _kth(few, jnp.clip(k - above, 1, room))
+    return _kth(b, k, known=(found, least))
+
+
+def _kth(b: jax.Array, k: int | jax.Array, *, known: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+    """A threshold that at least k reach, and exactly k unless the k-th largest is met more than once.
+
+    Args:
+      b: bits of magnitudes.
+      k: may be traced.
+      known: whether the threshold is known, and what it is.
+    """
 
     def narrow(carry):
         i, least, reach = carry
@@ -84,6 +116,8 @@ def _kth(b: jax.Array, k: int | jax.Array) -> jax.Array:
 
     zero = b.reshape(-1)[0] * 0  # of the type that `shard_map` gives what differs from device to device
     begin = (zero + 30, zero, zero + b.size)
+    if known is not None:
+        begin = tuple(jnp.where(known[0], there, start) for there, start in zip((-1, known[1], 0), begin, strict=True))
     return lax.while_loop(lambda c: (c[0] >= 0) & (c[2] != k), narrow, begin)[1]
 
 

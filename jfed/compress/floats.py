@@ -64,7 +64,7 @@ def natural() -> optax.GradientTransformationExtraArgs:
 
     Guarantees:
       * Unbiased, with omega = 1/8; zeros and powers of two stay as they are.
-      * A NaN or an infinity decodes to an infinity.
+      * A NaN, an infinity and, at random, a number above 2^127 decode to an infinity.
 
     On the wire: 9 bits a number, its sign and exponent.
     """

@@ -50,7 +50,8 @@ class Source(NamedTuple):
     """What an operator draws from besides the array."""
 
     noise: Callable[[tuple[int, ...]], jax.Array]  # shape -> uniform numbers in [0, 1), the sender's own
-    shared: jax.Array  # [2] uint32, words all senders of a round have alike
+    own: jax.Array | None  # [2] uint32, words to draw from that the sender alone has; another stream than the noise
+    shared: jax.Array | None  # [2] uint32, words all senders of a round have alike
 
 
 def is_encoded(node: Any) -> bool:
@@ -158,8 +159,8 @@ def operator(
             if not (jnp.issubdtype(x.dtype, jnp.floating) and x.size):
                 return x
             count += 1
-            here = None if common is None else _noise.scramble(common + jnp.uint32(count))
-            return encode(x, Source(functools.partial(_noise.uniform, words, stream=count), here))
+            own, shared = (w if w is None else _noise.scramble(w + jnp.uint32(count)) for w in (words, common))
+            return encode(x, Source(functools.partial(_noise.uniform, words, stream=count), own, shared))
 
         return jax.tree.map(one, updates, is_leaf=is_encoded), state
 

@@ -1,5 +1,8 @@
 """Quantization: numbers as codes of 1 to 8 bits on a grid.
 
+Sums of squares are float32: `qsgd` by the Euclidean norm, `lloyd_max` and what is built on it are for numbers whose
+squares it can hold, from 1e-19 to 1e19.
+
 Letters of the papers: d numbers, b bits, s levels above zero, omega of E|Q(x) - x|^2 <= omega |x|^2.
 """
 
@@ -8,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jfed import _validate
@@ -89,7 +93,7 @@ def qsgd(levels: int, *, norm: Literal["l2", "max"] = "l2", per: Per = None) -> 
 
     Guarantees:
       * Unbiased, with omega <= min(d / s^2, sqrt(d) / s) in the Euclidean norm; zeros stay zeros.
-      * A group that holds a NaN or an infinity decodes to NaN.
+      * A group that holds a NaN or an infinity decodes to no finite number.
 
     On the wire: `ceil(log2(2 s + 1))` bits a number and 32 a group; `lossless.encode` shortens them further.
 
@@ -130,7 +134,7 @@ def terngrad(*, clip: float | None = None, per: Per = None) -> optax.GradientTra
 
     Guarantees:
       * Unbiased without clipping; zeros stay zeros.
-      * A group that holds a NaN or an infinity decodes to NaN.
+      * A group that holds a NaN or an infinity decodes to no finite number.
 
     On the wire: 2 bits a number and 32 a group.
 
@@ -176,6 +180,8 @@ def lloyd_max(bits: int, *, per: Per = None) -> optax.GradientTransformationExtr
 
     def nearest(y, norm):
         z = y * (1 / jnp.maximum(norm, _TINY))
+        if bits > 4:
+            return jnp.searchsorted(np.asarray(bounds, np.float32), z, method="scan_unrolled").astype(jnp.uint8)
         code = jnp.zeros(y.shape, jnp.uint8)
         for bound in bounds:
             code += (z > bound).astype(jnp.uint8)

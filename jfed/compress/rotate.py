@@ -22,18 +22,20 @@ from jfed.compress.sign import scaled_sign
 _FACTOR = 64  # a transform of 4096 is two products with this matrix
 
 
-def rotate(*, block: int | None = 4096, seed: int = 0) -> optax.GradientTransformationExtraArgs:
-    """Rotates each array by signs and Hadamard matrices that all senders of a round share.
+def rotate(*, block: int | None = 4096, shared: bool = True, seed: int = 0) -> optax.GradientTransformationExtraArgs:
+    """Rotates each array by random signs and Hadamard matrices.
 
     Guarantees:
-      * Orthogonal: lengths and inner products stay. Linear: sums of messages decode to sums.
+      * Orthogonal: lengths and inner products stay. Shared, it is linear: sums of messages decode to sums.
       * As many numbers leave as came in, and an array's numbers are cut into equal blocks and powers of two.
 
     Later links compress what it gives. On the wire: those numbers, and 64 bits of randomness.
 
     Args:
       block: the longest block, a power of two; None makes blocks as long as they can be.
-      seed: of the signs, with the extra argument `round`.
+      shared: whether all senders of a round rotate alike, as the extra argument `round` says; otherwise each by its
+        `key`, so that what later links lose of one sender has nothing to do with what they lose of another.
+      seed: of the signs, with `round` or `key`.
 
     Raises:
       ValueError: if `block` is not a power of two.
@@ -49,53 +51,53 @@ def rotate(*, block: int | None = 4096, seed: int = 0) -> optax.GradientTransfor
             raise ValueError(f"rotate(block={block}): it must be a power of two; try {2 ** block.bit_length() // 2}.")
 
     def encode(x: jax.Array, source: Source) -> Encoded:
-        words = _noise.scramble(source.shared ^ jnp.uint32(seed))
+        words = _noise.scramble((source.shared if shared else source.own) ^ jnp.uint32(seed))
         flat = x.reshape(-1).astype(jnp.float32) * _signs(words, x.size)
         payload = {}
         for first, n, b in _blocks(x.size, block):
             payload[str(b)] = _hadamard(flat[first : first + n * b].reshape(n, b))
-        decoder = Decoder("rotate", _back, (x.shape, jnp.dtype(x.dtype).name, block), contraction=True, linear=True)
+        decoder = Decoder("rotate", _back, (x.shape, jnp.dtype(x.dtype).name, block), contraction=True, linear=shared)
         return Encoded(payload, {"seed": words}, decoder)
 
-    return operator("rotate", encode, shares=True)
+    return operator("rotate", encode, draws=not shared, shares=shared)
 
 
-def drive(*, block: int | None = 4096, seed: int = 0) -> optax.GradientTransformationExtraArgs:
+def drive(*, block: int | None = 4096) -> optax.GradientTransformationExtraArgs:
     """DRIVE: one bit a number, after a random rotation (Vargaftik et al. 2021, arXiv:2105.08339).
 
-    `rotate`, then `scaled_sign` with the unbiased scale |x|^2 / |Rx|_1 for each block.
+    `rotate` by the sender's own `key`, then `scaled_sign` with the unbiased scale |x|^2 / |Rx|_1 for each block.
 
     Guarantees:
-      * Unbiased over rotations, nearly: its error tends to pi/2 - 1 = .571 of |x|^2 in long blocks.
+      * Unbiased over rotations, nearly: its error tends to pi/2 - 1 = .571 of |x|^2 in long blocks, and that of the
+        mean of n senders to an n-th of it.
 
-    On the wire: d bits, and 32 for each block.
+    On the wire: d bits, 32 for each block, and 64 of randomness; blocks of fewer than 8 numbers, at the end, fill a
+    byte.
 
     Args:
       block: see `rotate`; None is the paper's, the whole array.
-      seed: see `rotate`.
 
     Raises:
       ValueError: as `rotate`.
     """
-    return optax.chain(rotate(block=block, seed=seed), scaled_sign(scale="unbiased", per="row"))
+    return optax.chain(rotate(block=block, shared=False), scaled_sign(scale="unbiased", per="row"))
 
 
-def eden(bits: int, *, block: int | None = 4096, seed: int = 0) -> optax.GradientTransformationExtraArgs:
+def eden(bits: int, *, block: int | None = 4096) -> optax.GradientTransformationExtraArgs:
     """EDEN: b bits a number, after a random rotation (Vargaftik et al. 2022, arXiv:2108.08842).
 
-    `rotate`, then `lloyd_max` for each block; with one bit it is `drive`.
+    `rotate` by the sender's own `key`, then `lloyd_max` for each block; with one bit it is `drive`.
 
-    On the wire: b d bits, and 32 for each block.
+    On the wire: b d bits, 32 for each block, and 64 of randomness; short blocks, at the end, fill their last byte.
 
     Args:
       bits: b, 1 to 8.
       block: see `rotate`; None is the paper's, the whole array.
-      seed: see `rotate`.
 
     Raises:
       ValueError: as `rotate` and `lloyd_max`.
     """
-    return optax.chain(rotate(block=block, seed=seed), lloyd_max(bits, per="row"))
+    return optax.chain(rotate(block=block, shared=False), lloyd_max(bits, per="row"))
 
 
 def _back(payload, rest, shape, dtype, block):

@@ -19,7 +19,7 @@ def sign() -> optax.GradientTransformationExtraArgs:
 
     No contraction: around it error feedback diverges. With `majority_vote` on the server it is signSGD's vote.
 
-    On the wire: d bits, and 32 that say 1, or NaN if the array held a NaN or an infinity.
+    On the wire: d bits, and 32 that say 1, or NaN if the array's magnitudes do not add up to a finite number.
     """
     return _signs("sign", lambda y: 1 + 0 * jnp.sum(jnp.abs(y), -1, keepdims=True), None, contraction=False)
 
@@ -32,7 +32,7 @@ def scaled_sign(
     Guarantees:
       * `scale="mean"` is the scale of least error, and a contraction with delta = |x|_1^2 / (d |x|_2^2): 2/pi for
         normal numbers.
-      * A group that holds a NaN or an infinity decodes to no finite number.
+      * A group whose magnitudes do not add up to a finite number decodes to none.
 
     On the wire: d bits and 32 a group.
 

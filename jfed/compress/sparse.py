@@ -79,7 +79,8 @@ def threshold(least: float, *, capacity: float) -> optax.GradientTransformationE
 
     With `least=0` it sends a sparse array exactly, such as a pruned model.
 
-    On the wire: as `top_k(capacity)`, room that is not needed included; `lossless.encode` leaves it out.
+    On the wire: as `top_k(capacity)`, room that is not needed included; `lossless.encode` leaves it out unless a link
+    that rounds at random has filled it.
 
     Args:
       least: numbers up to it are not sent.

@@ -51,6 +51,38 @@ def test_top_k_keeps_what_a_stable_sort_puts_first(d, fraction):
     np.testing.assert_array_equal(decoded, expected)
 
 
+def many(kind, d=70_001):
+    """Numbers of which a sample says much, or nothing."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=d)
+    few_first = np.where(np.arange(d) < d // 100, 1e3, 1) * x
+    made = {
+        "normal": x,
+        "in order": np.sort(x),
+        "largest in front": few_first,
+        "few kinds": np.round(x),
+        "mostly zeros": np.where(rng.random(d) < 0.02, x, 0),
+        "all equal": np.full(d, 0.7),
+        "some NaN": np.where(rng.random(d) < 0.001, np.nan, x),
+    }
+    return made[kind].astype(np.float32)
+
+
+KINDS = ["normal", "in order", "largest in front", "few kinds", "mostly zeros", "all equal", "some NaN"]
+
+
+@pytest.mark.parametrize("fraction", [1e-5, 0.01, 0.5])
+def test_of_many_numbers_the_same_are_kept_whatever_a_sample_says(fraction):
+    x = np.stack([many(kind) for kind in KINDS])
+    k = max(1, math.ceil(fraction * x.shape[1]))
+    message, decoded = both(compress.top_k(fraction), x)
+    places = numpy_top_k(np.nan_to_num(x, nan=np.inf), k)
+    np.testing.assert_array_equal(message.payload["values"], np.take_along_axis(x, places, 1))
+    expected = np.zeros_like(x)
+    np.put_along_axis(expected, places, np.take_along_axis(x, places, 1), 1)
+    np.testing.assert_array_equal(decoded, expected)
+
+
 @pytest.mark.parametrize(("fraction", "d", "nbytes"), [(0.2, 1000, 125), (0.01, 1000, 15), (0.01, 10**6, 25000)])
 def test_positions_are_a_bitmap_or_indices_whichever_is_smaller(fraction, d, nbytes):
     """A bit for each of d, or for each of k a number up to d: 10 bits of 1000, 20 of a million."""
