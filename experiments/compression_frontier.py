@@ -115,7 +115,7 @@ class Config(experiment.Options):
     download: bool = False  # fetch MNIST if it is not found
 
 
-SMOKE = {"rounds": 4, "every": 2, "cells": ("none", "ef_top_5_4_bits", "ef21_top_5", "weights_top_5"), "small": True}
+SMOKE = {"num_clients": 30, "cohort": 3, "rounds": 4, "every": 2, "cells": ("none", "ef_top_5_4_bits"), "small": True}
 
 
 def main(config: Config) -> None:
@@ -171,7 +171,7 @@ def trained(config: Config, population: core.Population, test: dict, name: str) 
     model = the_model(config)
     work = local.full_batch(models.cross_entropy(model), optax.sgd(config.learning_rate), epochs=config.epochs)
     client_map, place = experiment.over_devices(clients.lanes(1))
-    sampler = sampling.uniform(config.cohort, steps=work.steps)
+    sampler, judge = sampling.uniform(config.cohort, steps=work.steps), models.metrics(model)
     options = {"client_map": client_map, "num_clients": config.num_clients}
     algorithm = method(name, work, float(jnp.sum(population.size)), options)
     curves, sizes = [], []
@@ -185,7 +185,7 @@ def trained(config: Config, population: core.Population, test: dict, name: str) 
             place(key),
             rounds=config.rounds,
             every=config.every,
-            judge=models.metrics(model),
+            judge=judge,
             examples=place(test),
         )
         curves.append(np.asarray(metrics["judged"]["accuracy"]).tolist())

@@ -53,7 +53,16 @@ class Config(experiment.Options):
     sparsities: tuple[float, ...] = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98)
 
 
-SMOKE = {"rounds": 8, "every": 2, "begin": 1, "end": 4, "epochs": 1, "sparsities": (0.0, 0.9)}
+SMOKE = {
+    "num_clients": 50,
+    "cohort": 5,
+    "rounds": 8,
+    "every": 2,
+    "begin": 1,
+    "end": 4,
+    "epochs": 1,
+    "sparsities": (0.0, 0.9),
+}
 
 
 def main(config: Config) -> None:

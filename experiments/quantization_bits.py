@@ -52,7 +52,7 @@ class Config(experiment.Options):
     bits: tuple[int, ...] = BITS
 
 
-SMOKE = {"rounds": 4, "every": 2, "epochs": 1, "bits": (1, 4, 32)}
+SMOKE = {"num_clients": 50, "cohort": 5, "rounds": 4, "every": 2, "epochs": 1, "bits": (1, 32)}
 
 
 def main(config: Config) -> None:
@@ -121,18 +121,19 @@ def trained(config: Config, population: core.Population, test: dict, kind: str, 
     algorithm = algorithms.fedavg(
         work, uplink=uplink_of(kind, bits), client_map=client_map, num_clients=config.num_clients
     )
+    sampler, judge = sampling.uniform(config.cohort, steps=work.steps), models.metrics(model)
     accuracy = []
     for seed in range(config.seeds):
         start, key = jax.random.split(jax.random.key(seed))
         _, metrics = run.scan_rounds(
             algorithm,
-            sampling.uniform(config.cohort, steps=work.steps),
+            sampler,
             place(population),
             place(algorithm.init(model.init(start))),
             place(key),
             rounds=config.rounds,
             every=config.every,
-            judge=models.metrics(model),
+            judge=judge,
             examples=place(test),
         )
         # The mean of the last evaluations: single ones vary.

@@ -1,22 +1,22 @@
-"""Two rounds of every method over two processes: python -m jfed.launch -n 2 two_process_methods.py FOLDER."""
+"""Two rounds of methods over two processes: python -m jfed.launch -n 2 two_process_methods.py FOLDER METHOD ..."""
 
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
-from methods import METHODS, make, two_rounds
+from methods import make, two_rounds
 from problem import PARAMS
 
 from jfed import mesh
 from jfed.clients import lanes, sharded
 
 
-def main(folder):
+def main(folder, methods):
     """Writes the leaves of each method's state and metrics."""
     devices = mesh.make()
     assert devices.shape["clients"] == 4
-    for number, method in enumerate(METHODS):
+    for method in methods:
         algorithm = make(method, sharded(devices, lanes(2)))
         ended = two_rounds(
             jax.jit(algorithm.round), method, algorithm.init(PARAMS), place=lambda tree: mesh.replicate(tree, devices)
@@ -25,8 +25,8 @@ def main(folder):
             leaves = [
                 np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) else x) for x in jax.tree.leaves(ended)
             ]
-            np.savez(folder / f"{number}.npz", **{str(i): leaf for i, leaf in enumerate(leaves)})
+            np.savez(folder / f"{method}.npz", **{str(i): leaf for i, leaf in enumerate(leaves)})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-
 _SAMPLE = 2**13  # numbers that a bracket is drawn from, about
 _MANY = 2**16  # numbers from which on it pays
 _LARGEST = 2**31 - 1  # more than the bits of any magnitude

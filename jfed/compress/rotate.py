@@ -8,6 +8,7 @@ Letters: d numbers, B of a block.
 """
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,23 +23,25 @@ from jfed.compress.sign import scaled_sign
 _FACTOR = 64  # a transform of 4096 is two products with this matrix
 
 
-def rotate(*, block: int | None = 4096, shared: bool = True, seed: int = 0) -> optax.GradientTransformationExtraArgs:
+def rotate(
+    *, block: int | None = 4096, signs: Literal["shared", "own"] = "shared", seed: int = 0
+) -> optax.GradientTransformationExtraArgs:
     """Rotates each array by random signs and Hadamard matrices.
 
     Guarantees:
-      * Orthogonal: lengths and inner products stay. Shared, it is linear: sums of messages decode to sums.
+      * Orthogonal: lengths and inner products stay. With shared signs it is linear: sums of messages decode to sums.
       * As many numbers leave as came in, and an array's numbers are cut into equal blocks and powers of two.
 
     Later links compress what it gives. On the wire: those numbers, and 64 bits of randomness.
 
     Args:
       block: the longest block, a power of two; None makes blocks as long as they can be.
-      shared: whether all senders of a round rotate alike, as the extra argument `round` says; otherwise each by its
+      signs: `"shared"`, all senders of a round rotate alike, by the extra argument `round`; or `"own"`, each by its
         `key`, so that what later links lose of one sender has nothing to do with what they lose of another.
       seed: of the signs, with `round` or `key`.
 
     Raises:
-      ValueError: if `block` is not a power of two.
+      ValueError: if `block` is not a power of two, or `signs` neither of these.
 
     >>> spread = rotate()
     >>> message, _ = spread.update(jnp.array([1.0, 0.0, 0.0, 0.0]), spread.init(jnp.zeros(4)), round=0)
@@ -49,6 +52,10 @@ def rotate(*, block: int | None = 4096, shared: bool = True, seed: int = 0) -> o
         _validate.at_least_one("rotate", "block", block, "4096 is quick and long enough")
         if block & (block - 1):
             raise ValueError(f"rotate(block={block}): it must be a power of two; try {2 ** block.bit_length() // 2}.")
+
+    if signs not in ("shared", "own"):
+        raise ValueError(f"rotate(signs={signs!r}): they must be 'shared' or 'own'.")
+    shared = signs == "shared"
 
     def encode(x: jax.Array, source: Source) -> Encoded:
         words = _noise.scramble((source.shared if shared else source.own) ^ jnp.uint32(seed))
@@ -80,7 +87,7 @@ def drive(*, block: int | None = 4096) -> optax.GradientTransformationExtraArgs:
     Raises:
       ValueError: as `rotate`.
     """
-    return optax.chain(rotate(block=block, shared=False), scaled_sign(scale="unbiased", per="row"))
+    return optax.chain(rotate(block=block, signs="own"), scaled_sign(scale="unbiased", per="row"))
 
 
 def eden(bits: int, *, block: int | None = 4096) -> optax.GradientTransformationExtraArgs:
@@ -97,7 +104,7 @@ def eden(bits: int, *, block: int | None = 4096) -> optax.GradientTransformation
     Raises:
       ValueError: as `rotate` and `lloyd_max`.
     """
-    return optax.chain(rotate(block=block, shared=False), lloyd_max(bits, per="row"))
+    return optax.chain(rotate(block=block, signs="own"), lloyd_max(bits, per="row"))
 
 
 def _back(payload, rest, shape, dtype, block):

@@ -58,7 +58,7 @@ def test_senders_of_a_round_turn_alike_and_otherwise_in_the_next():
 
 
 def test_senders_that_do_not_share_turn_each_in_their_own_way():
-    link, x = compress.rotate(shared=False), jnp.ones(64)
+    link, x = compress.rotate(signs="own"), jnp.ones(64)
     one, again, other = (flat(sent(link, x, key=jax.random.key(i))) for i in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert np.any(one != other)
@@ -98,7 +98,7 @@ def errors(link, d, vectors, *, senders=10):
 
 ONE_BIT = {
     "drive": lambda: compress.drive(block=None),
-    "uniform": lambda: optax.chain(compress.rotate(block=None, shared=False), compress.quantize(1, per="row")),
+    "uniform": lambda: optax.chain(compress.rotate(block=None, signs="own"), compress.quantize(1, per="row")),
 }
 # d, vectors, reference, how far the mean may be from it. At d = 128 the reference is that of a few vectors: a vector's
 # error has a standard deviation of .013 and .09, and the next test says what the mean over many is.
@@ -172,3 +172,8 @@ def test_the_mean_over_rotations_is_nearly_the_input(link):
 def test_a_block_that_is_no_power_of_two_is_refused():
     with pytest.raises(ValueError, match="power of two; try 64"):
         compress.rotate(block=100)
+
+
+def test_signs_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match="'shared' or 'own'"):
+        compress.rotate(signs="private")
