@@ -27,7 +27,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -67,10 +66,10 @@ SMOKE = {
 
 def main(config: Config) -> None:
     """Trains at every sparsity, then shows a table and a picture."""
-    if not 0 <= config.begin < config.end < config.rounds:
+    if not 0 <= config.begin < config.end or switch(config) >= config.rounds or config.rounds % config.every:
         raise ValueError(
-            f"pruning(begin={config.begin}, end={config.end}, rounds={config.rounds}): pruning begins, ends, and some "
-            "rounds follow; raise rounds."
+            f"pruning(begin={config.begin}, end={config.end}, every={config.every}, rounds={config.rounds}): pruning "
+            f"begins and ends, and rounds follow, a multiple of every and more than {switch(config)}; choose others."
         )
     train, test = data.fashion_small()
     owner = data.partition.dirichlet(
@@ -92,8 +91,9 @@ def main(config: Config) -> None:
                 "zeros": f"{100 * found['zeros']:.1f} %",
                 "accuracy, %": report.mean_and_std(accuracy[:, -1]),
                 "a message before": report.human_bytes(found["before"]),
-                "from then on": report.human_bytes(found["after"]),
-                "of all": f"1/{found['before'] / found['after']:.1f}",
+                "then up": report.human_bytes(found["up"]),
+                "and down": report.human_bytes(found["down"]),
+                "of all": f"1/{found['before'] / found['up']:.1f}",
                 "coded": report.human_bytes(found["coded"]),
             }
         )
@@ -120,19 +120,14 @@ def trained(config: Config, population: core.Population, test: dict, sparsity: f
     client_map, place = experiment.over_devices(clients.lanes(1))
     sampler = sampling.uniform(config.cohort, steps=work.steps)
 
-    def method(room):
+    def method(link):
         # While the mask still changes the model is sent whole; then, what is not zero and where it lies.
-        zeros_left_out = optax.masked(compress.threshold(0.0, capacity=room), compress.kernels)
-        algorithm = algorithms.federated(
-            work, server=server, client_map=client_map, uplink=None if room == 1 else zeros_left_out
-        )
-        if room == 1:
+        algorithm = algorithms.federated(work, server=server, client_map=client_map, uplink=link)
+        if link is None:
             return algorithm
-        return algorithms.compressed_downlink(algorithm, zeros_left_out, num_clients=config.num_clients, refuse=False)
+        return algorithms.compressed_downlink(algorithm, link, num_clients=config.num_clients, whole=link, refuse=False)
 
-    # A round more than the mask needs: what is pruned in round `end` must have come through.
-    first = config.end + config.every - config.end % config.every
-    whole, sparse = method(1), method(min(1.0, 1 - sparsity + 1e-4))
+    first, whole = switch(config), method(None)
     curves, judge = [], {"every": config.every, "judge": models.metrics(model), "examples": place(test)}
     for seed in range(config.seeds):
         start, key = jax.random.split(jax.random.key(seed))
@@ -140,33 +135,34 @@ def trained(config: Config, population: core.Population, test: dict, sparsity: f
         state, before = run.scan_rounds(
             whole, sampler, everyone, place(whole.init(model.init(start))), key, rounds=first, **judge
         )
-        again = sparse.init(whole.params(state)) if sparsity else None
+        algorithm, link = whole, optax.identity()
         if sparsity:
-            again = again._replace(model=again.model._replace(server=state.server, round=state.round))
-        method_after = sparse if sparsity else whole
+            link = compress.nonzeros(jax.device_get(state.params))
+            algorithm = method(link)
+            again = algorithm.init(state.params)
+            state = place(again._replace(model=again.model._replace(server=state.server, round=state.round)))
         state, after = run.scan_rounds(
-            method_after,
-            sampler,
-            everyone,
-            place(again) if sparsity else state,
-            key,
-            rounds=config.rounds - first,
-            start=first,
-            **judge,
+            algorithm, sampler, everyone, state, key, rounds=config.rounds - first, start=first, **judge
         )
         curves.append([*before["judged"]["accuracy"].tolist(), *after["judged"]["accuracy"].tolist()])
-    params = method_after.params(state)
-    weights = jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(params) if x.ndim > 1])
-    sent = compress.threshold(0.0, capacity=min(1.0, 1 - sparsity + 1e-4))
-    message, _ = optax.masked(sent, compress.kernels).update(params, optax.masked(sent, compress.kernels).init(params))
+    params = jax.device_get(algorithm.params(state))
+    message, _ = link.update(params, link.init(params))
+    assert all(map(np.array_equal, jax.tree.leaves(compress.decode(message)), jax.tree.leaves(params)))
+    weights = np.concatenate([x.reshape(-1) for x in jax.tree.leaves(params) if x.ndim > 1])
     return {
         "accuracy": curves,
         "rounds": list(range(config.every, config.rounds + 1, config.every)),
-        "zeros": float(jnp.mean(weights == 0)),
+        "zeros": float(np.mean(weights == 0)),
         "before": int(before["traffic"].up.max()),
-        "after": int(after["traffic"].up.max()),
-        "coded": len(lossless.encode(jax.tree.map(np.asarray, message if sparsity else params))),
+        "up": int(after["traffic"].up.max()),
+        "down": int(after["traffic"].down.max()),
+        "coded": len(lossless.encode(jax.tree.map(np.asarray, message))),
     }
+
+
+def switch(config: Config) -> int:
+    """The round from which on zeros are left out: one more than the mask needs, for what was pruned last to settle."""
+    return config.end + config.every - config.end % config.every
 
 
 if __name__ == "__main__":

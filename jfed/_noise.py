@@ -5,9 +5,11 @@ of a stream is a hash of i and of the key's words, as `jfed.shuffle` has them fo
 """
 
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 _GOLDEN = 0x9E3779B9
@@ -41,3 +43,15 @@ def uniform(words: jax.Array, shape: tuple[int, ...], *, stream: int = 0) -> jax
     [0.5 0.5 0.5 0.5]
     """
     return (bits(words, shape, stream=stream) >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+
+
+def signs(words: jax.Array, d: int) -> jax.Array:
+    """D signs, each +1.0 or -1.0."""
+    return jnp.where(bits(words, (d,)) >> 31 == 1, -1.0, 1.0)
+
+
+def seeded(seed: int | jax.Array) -> np.uint32 | jax.Array:
+    """A whole number of any size as 32 bits; a `TypeError` if it is none. One that is traced is taken as it is."""
+    if isinstance(seed, jax.Array):
+        return seed.astype(jnp.uint32)
+    return np.uint32(operator.index(seed) % 2**32)

@@ -47,8 +47,8 @@ class Traffic(NamedTuple):
     """Bytes of a round, client by client; all 0 of those that sent or were sent nothing."""
 
     ids: jax.Array  # [C] int32, as in the cohort
-    up: jax.Array  # [C] uint32, sent by the client; float32 from 4 GiB on
-    down: jax.Array  # [C] uint32, sent to the client; float32 from 4 GiB on
+    up: jax.Array  # [C] uint32, sent by the client; float32 from 2 GiB on
+    down: jax.Array  # [C] uint32, sent to the client; float32 from 2 GiB on
 
 
 Sampler = Callable[[Population, jax.Array, jax.Array], Cohort]

@@ -282,11 +282,11 @@ def record(
                 "seconds": round(time.monotonic() - began, 3),
             }
             report.log(run, row)
+            if moment.round == rounds and run.writer:
+                ledger.write(sent, run.folder)
             checkpoint.save(run.checkpoints, moment.round, {"state": moment.state, "key": key, "ledger": sent})
             shown = {name: row[name] for name in ("loss", "accuracy", "dropped") if row.get(name)}
             advance(done, **shown)
-            if moment.round == rounds and run.writer:
-                ledger.write(sent, run.folder)
             yield row, algorithm.params(moment.state)
 
 

@@ -41,14 +41,18 @@ def add(ledger: Ledger, traffic: Traffic) -> Ledger:
 
     Args:
       ledger: before.
-      traffic: of one round, leaves [C], or of several, leaves [T, C]; ids from N on are empty slots.
+      traffic: of one round, leaves [C], or of several, leaves [T, C]; ids that are not in [0, N) are empty slots. What
+        a device uploads besides, such as `data.upload_bytes`, joins it in the same way.
 
     >>> two = add(empty(3), Traffic(np.array([2, 3]), up=np.array([5, 0]), down=np.array([7, 0])))
     >>> print(two.up, two.down)
     [0 0 5] [0 0 7]
+    >>> images = Traffic(np.arange(3), up=np.array([900, 800, 700]), down=np.zeros(3))
+    >>> print(add(two, images).up)
+    [900 800 705]
     """
     ids, up, down = (np.asarray(x).reshape(-1) for x in jax.device_get(traffic))
-    here = ids < ledger.up.size
+    here = (ids >= 0) & (ids < ledger.up.size)
     sums = []
     for held, sent in ((ledger.up, up), (ledger.down, down)):
         new = held.copy()

@@ -91,7 +91,7 @@ def plot_points(
     if not any(groups.values()):
         raise ValueError("plot_points(groups): needs at least one point; check that there are results.")
     figure, axes = _canvas(title, xlabel, ylabel)
-    for i, (group, points) in enumerate(groups.items()):
+    for i, (group, points) in enumerate((group, points) for group, points in groups.items() if points):
         x, y = np.array(list(points.values()), float).T
         axes.plot(x, y, "os^Dv"[i % 5], color=COLOURS[i % len(COLOURS)], markersize=6, label=group, zorder=3)
         for name, (at, high) in points.items():

@@ -8,7 +8,7 @@ import problem
 import pytest
 from problem import PARAMS, POPULATION
 
-from jfed import compress, experiment, ledger, local, report, run, sampling, tree
+from jfed import checkpoint, compress, experiment, ledger, local, report, run, sampling, tree
 from jfed.algorithms import fedavg
 from jfed.core import Traffic
 
@@ -34,7 +34,7 @@ def test_a_ledger_of_many_rounds_is_that_of_each_in_turn():
 
 
 def test_a_client_drawn_twice_is_counted_twice_and_an_empty_slot_not_at_all():
-    twice = Traffic(np.array([1, 1, 9]), up=np.array([3, 3, 0]), down=np.array([2, 2, 0]))
+    twice = Traffic(np.array([1, 1, 9, -1]), up=np.array([3, 3, 0, 7]), down=np.array([2, 2, 0, 7]))
     assert ledger.add(ledger.empty(2), twice).up.tolist() == [0, 6]
 
 
@@ -62,6 +62,21 @@ def test_a_run_writes_its_ledger_and_resuming_does_not_change_it(tmp_path):
     recorded("cut", stop_after=2)
     assert recorded("cut", resume=True)[0] == whole
     assert sum(int(line["up"]) for line in whole) == last["bytes_up"] == 4 * 5 * tree.nbytes(PARAMS)
+
+
+def test_a_run_killed_as_it_ends_has_written_its_ledger_before_its_last_step(tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    def killed(folder, step, state):
+        if step == 4:
+            raise KeyboardInterrupt
+        save(folder, step, state)
+
+    monkeypatch.setattr(checkpoint, "save", killed)
+    opened = report.open_run(tmp_path / "run", {})
+    with pytest.raises(KeyboardInterrupt):
+        list(experiment.record(opened, fedavg(WORK), SAMPLER, POPULATION, PARAMS, KEY, rounds=4))
+    assert (tmp_path / "run" / "bytes_by_client.csv").exists()
 
 
 def test_a_ledger_of_nobody_is_refused():

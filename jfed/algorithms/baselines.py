@@ -47,13 +47,7 @@ def local_only(work: ClientWork, *, num_clients: int, **options) -> Algorithm:
         message=lambda params: (),
     )
 
-    def round_fn(state, cohort, key):
-        state, metrics = inner.round(state, cohort, key)
-        nothing = jnp.zeros(cohort.ids.shape, jnp.uint32)
-        return state, metrics | {"traffic": Traffic(cohort.ids, nothing, nothing)}
-
-    return inner._replace(
-        round=round_fn,
+    return _without_traffic(inner)._replace(
         params=lambda state: jax.tree.map(lambda x: jnp.mean(x, 0), state.memory),
         personal=lambda state, i: tree.take(state.memory, i),
     )
@@ -61,6 +55,8 @@ def local_only(work: ClientWork, *, num_clients: int, **options) -> Algorithm:
 
 def centralised(work: ClientWork, **options) -> Algorithm:
     """All data in one place: a population of one client (`pooled`), whose optimizer remembers.
+
+    Its rounds send nothing; what bringing the data there costs is `data.upload_bytes`.
 
     Args:
       work: usually `local.sgd(...)`; its carry has a field `optimizer`. A round is its epochs.
@@ -77,13 +73,24 @@ def centralised(work: ClientWork, **options) -> Algorithm:
     def start_fn(shared, client):
         return work.start(shared, client)._replace(optimizer=client.state)
 
-    return specialised(
-        "centralised",
-        work._replace(start=start_fn, finish=finish_fn),
-        options,
-        num_clients=1,
-        memory=optimizer_of("centralised", work).init,
+    return _without_traffic(
+        specialised(
+            "centralised",
+            work._replace(start=start_fn, finish=finish_fn),
+            options,
+            num_clients=1,
+            memory=optimizer_of("centralised", work).init,
+        )
     )
+
+
+def _without_traffic(algorithm: Algorithm) -> Algorithm:
+    def round_fn(state, cohort, key):
+        state, metrics = algorithm.round(state, cohort, key)
+        nothing = jnp.zeros(cohort.ids.shape, jnp.uint32)
+        return state, metrics | {"traffic": Traffic(cohort.ids, nothing, nothing)}
+
+    return algorithm._replace(round=round_fn)
 
 
 def pooled(population: Population) -> Population:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _streams, _validate, compress, tree
-from jfed.algorithms.federated import FederatedState
+from jfed.algorithms.federated import FederatedState, number_of_bytes
 from jfed.compress.feedback import EF21State
 from jfed.core import Algorithm, Cohort, Tree
 
@@ -24,7 +24,12 @@ class DownlinkState(NamedTuple):
 
 
 def compressed_downlink(
-    algorithm: Algorithm, compressor: optax.GradientTransformation, *, num_clients: int, refuse: bool = True
+    algorithm: Algorithm,
+    compressor: optax.GradientTransformation,
+    *,
+    num_clients: int,
+    whole: optax.GradientTransformation | None = None,
+    refuse: bool = True,
 ) -> Algorithm:
     """A method whose clients are sent C(w - known), the change of the model since what they know, and not the model.
 
@@ -37,11 +42,14 @@ def compressed_downlink(
 
     Guarantees:
       * With a compressor that leaves nothing out it is the method itself, up to rounding.
+      * A client whose id is not below `num_clients` is dropped.
 
     Args:
-      algorithm: a method over `federated`.
+      algorithm: a method whose state is a `FederatedState`.
       compressor: a contraction of `jfed.compress`, such as `quantize(8, rounding="nearest")`.
       num_clients: N.
+      whole: what the model is sent by, which must leave nothing out of it, such as `compress.nonzeros` of a pruned one;
+        by default it is sent as it is.
       refuse: whether to refuse what is no contraction.
 
     Raises:
@@ -56,38 +64,42 @@ def compressed_downlink(
         if not isinstance(model, FederatedState):
             raise ValueError(
                 f"compressed_downlink(algorithm): its state is a {type(model).__name__}; methods over "
-                "algorithms.federated have the model in one place, and can be sent as changes."
+                "algorithms.federated keep it in a FederatedState, and can be sent as changes."
             )
         sender = follow.init(model.params)._replace(known=jax.tree.map(jnp.copy, model.params))
         return DownlinkState(model, sender, jnp.full(num_clients, -1, jnp.int32))
 
     def round_fn(state: DownlinkState, cohort: Cohort, key: jax.Array) -> tuple[DownlinkState, dict]:
-        before, t = state.model.params, state.model.round
+        w, t = state.model.params, state.model.round
         drawn = jax.random.fold_in(key, _streams.DOWNLINK)
-        message, sender = follow.update(before, state.sender, before, key=drawn, round=t)
-        known = sender.known
-        model, metrics = algorithm.round(state.model._replace(params=known), cohort, key)
-        # The server's own model moves by what the method moved that of the clients by.
-        moved = jax.tree.map(lambda w, new, old: w + (new - old), before, model.params, known)
+        message, sender = follow.update(w, state.sender, w, key=drawn, round=t)
+        here = cohort.ids < num_clients
+        cohort = cohort._replace(weight=jnp.where(here | (cohort.weight == 0), cohort.weight, jnp.nan))
+        model, metrics = algorithm.round(state.model._replace(known=sender.known), cohort, key)
 
-        traffic, whole = metrics["traffic"], tree.nbytes(known)
-        held = tree.take(state.held, cohort.ids)
-        missed = (t + 1 - held).astype(jnp.uint32)
-        change = compress.nbytes(message)
-        most = jnp.uint32(whole // max(change, 1))
-        least = jnp.where((held >= 0) & (missed <= most), missed * jnp.uint32(change), jnp.uint32(whole))
+        traffic, dense = metrics["traffic"], number_of_bytes(tree.nbytes(w))
+        model_bytes = dense if whole is None else number_of_bytes(_size(whole, w))
+        change = number_of_bytes(compress.nbytes(message))
+        held = jnp.where(here, tree.take(state.held, cohort.ids), -1)
+        missed = (t + 1 - held).astype(change.dtype)
+        # Compared before they are multiplied, which might be more than uint32 holds.
+        few = (held >= 0) & (missed <= model_bytes // max(change, change.dtype.type(1)))
         there = traffic.down > 0
-        down = jnp.where(there, traffic.down - jnp.uint32(whole) + least, traffic.down)
+        down = traffic.down - dense + jnp.where(few, missed * change, model_bytes)
         row = jnp.where(there, cohort.ids, num_clients)
-        after = DownlinkState(
-            model._replace(params=moved), sender, tree.put(state.held, row, jnp.full_like(row, t + 1))
-        )
-        return after, metrics | {"traffic": traffic._replace(down=down)}
+        after = DownlinkState(model._replace(known=()), sender, tree.put(state.held, row, jnp.full_like(row, t + 1)))
+        return after, metrics | {"traffic": traffic._replace(down=jnp.where(there, down, traffic.down))}
 
     personal = algorithm.personal
     return Algorithm(
         init_fn,
         round_fn,
         lambda state: algorithm.params(state.model),
-        None if personal is None else lambda state, i: personal(state.model, i),
+        # A client merges what is its own with what it knows.
+        None if personal is None else lambda state, i: personal(state.model._replace(params=state.sender.known), i),
     )
+
+
+def _size(link: optax.GradientTransformation, params: Tree) -> int:
+    message = jax.eval_shape(lambda params: link.update(params, link.init(params), params)[0], params)
+    return compress.nbytes(message)

@@ -31,6 +31,7 @@ class FederatedState(NamedTuple):
     uplink: Tree  # leaves [N, ...], each client's uplink state
     memory: Tree  # leaves [N, ...], what a method remembers of each client
     round: jax.Array  # [] int32, rounds completed
+    known: Tree = ()  # the model as clients have it, where that is not `params`
 
 
 def federated(
@@ -104,7 +105,6 @@ def federated(
     if num_clients is not None:
         _validate.at_least_one("federated", "num_clients", num_clients, "it is the number of clients in the population")
     message = _same if message is None else message
-    made_of_message = decode is not None
     decode = (lambda message, shared: message) if decode is None else decode
 
     def arrived(sent: Tree, shared: Shared) -> Tree:
@@ -150,15 +150,7 @@ def federated(
         decoded = arrived(sent, shared)
         weighted = jax.tree.map(lambda m: client.weight * m, decoded)
         # A message that is not finite is not finite weighted either; without an uplink the update is the message.
-        # Of an encoded one, scales and values tell, and are fewer than what they decode to.
-        arrives = (
-            weighted
-            if made_of_message
-            else jax.tree.map(
-                lambda x: client.weight * x, [x for x in jax.tree.leaves(sent) if jnp.issubdtype(x.dtype, jnp.inexact)]
-            )
-        )
-        checked = (weighted, remembered) if sent_as_is else (update, arrives, remembered)
+        checked = (weighted, remembered) if sent_as_is else (update, weighted, remembered)
         sound = tree.all_finite(checked) & jnp.isfinite(client.weight) & (client.weight >= 0)
         if jax.tree.leaves(client.state) and num_clients is not None:
             sound &= client.ids < num_clients
@@ -180,7 +172,8 @@ def federated(
         return kept | {"message": if_(reports, decoded), "weight": weight}, added
 
     def round_fn(state: FederatedState, cohort: Cohort, key: jax.Array) -> tuple[FederatedState, dict]:
-        shared = Shared(state.params, cohort.examples, key, state.round)
+        known = state.known if jax.tree.leaves(state.known) else state.params
+        shared = Shared(known, cohort.examples, key, state.round)
         everyone = {"uplink": state.uplink, "memory": state.memory}
         remembered = tree.take(everyone, cohort.ids)
         if memory is None:  # a method that drives this one may have brought it along
@@ -240,7 +233,7 @@ def federated(
                 down=count_bytes(tree.nbytes((shared.params, shared.extra)), cohort.size > 0),
             ),
         }
-        return FederatedState(*after, **everyone, round=state.round + 1), metrics
+        return FederatedState(*after, **everyone, round=state.round + 1, known=state.known), metrics
 
     return Algorithm(init=init_fn, round=round_fn, params=lambda state: state.params)
 
@@ -250,6 +243,11 @@ def _same(tree: Tree) -> Tree:
 
 
 def count_bytes(nbytes: int, whom: jax.Array) -> jax.Array:
-    """Bytes of a message for each client of `whom` [C] that it went to or came from: exact below 4 GiB."""
-    count = np.uint32(nbytes) if nbytes < 2**32 else np.float32(nbytes)
+    """Bytes of a message for each client of `whom` [C] that it went to or came from; two such may be added."""
+    count = number_of_bytes(nbytes)
     return jnp.where(whom, count, jnp.zeros((), count.dtype))
+
+
+def number_of_bytes(nbytes: int) -> np.generic:
+    """As it is counted: uint32, exact, below 2 GiB, then float32."""
+    return np.uint32(nbytes) if nbytes < 2**31 else np.float32(nbytes)

@@ -1,5 +1,7 @@
 """FetchSGD: clients send sketches, and the server keeps momentum and error in the sketch."""
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from jfed.algorithms._work import specialised
@@ -18,7 +20,7 @@ def fetchsgd(
     seed: int = 0,
     **options,
 ) -> Algorithm:
-    """FetchSGD (Rothchild et al. 2020, arXiv:2007.07682, Algorithm 1): clients without memory, 4 r c bytes each way up.
+    """FetchSGD (Rothchild et al. 2020, arXiv:2007.07682, Algorithm 1): clients without memory that send 4 r c bytes.
 
     Args:
       work: see `jfed.local`; one gradient, `local.gradient`, in the paper.
@@ -31,10 +33,11 @@ def fetchsgd(
       **options: of `federated`, but for `uplink`, `server` and `aggregator`.
 
     Raises:
-      ValueError: as `compress.count_sketch` and `compress.fetch_sgd`; if an option is one the method sets.
+      ValueError: as `compress.count_sketch` and `compress.fetch_sgd`; if an option is one the method sets; at `init`,
+        if the sketch is no smaller than the model.
     """
     sketch = over_tree(count_sketch(rows, columns, seed=seed))
-    return specialised(
+    inner = specialised(
         "fetchsgd",
         work,
         options,
@@ -42,3 +45,14 @@ def fetchsgd(
         server=fetch_sgd(sketch, learning_rate=learning_rate, fraction=fraction, momentum=momentum),
         aggregator=None,
     )
+
+    def init_fn(params):
+        numbers = sum(jnp.size(x) for x in jax.tree.leaves(params))
+        if rows * columns >= numbers:
+            raise ValueError(
+                f"fetchsgd(rows={rows}, columns={columns}): the model's {numbers} numbers are no more than those of "
+                "the sketch; lower columns."
+            )
+        return inner.init(params)
+
+    return inner._replace(init=init_fn)

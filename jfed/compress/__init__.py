@@ -6,7 +6,7 @@
     top_k  random_k  threshold  ternary           few numbers of many
     rotate  drive  eden                           random rotation
     power_sgd  count_sketch  fetch_sgd            low rank, sketches
-    prune  cubic  frozen_zeros  kernels           weights that become zero and stay so
+    prune  cubic  frozen_zeros  nonzeros          weights that become zero, stay so and are not sent
     error_feedback  ef21  ef21_server  momentum_correction  one_bit_adam
     collectives  lossless                         all-reduces that move the packed bytes; the host's last step
     over_tree  decode  decoded  undecoded  nbytes the model as one vector; what a message stands for and weighs
@@ -15,8 +15,16 @@ Links are chained: `optax.chain(top_k(0.01), quantize(4))` quantizes what was ke
 """
 
 from jfed.compress import collectives, lossless
-from jfed.compress.count_sketch import count_sketch, fetch_sgd
-from jfed.compress.feedback import ef21, ef21_server, error_feedback, momentum_correction
+from jfed.compress.count_sketch import FetchState, count_sketch, fetch_sgd
+from jfed.compress.feedback import (
+    EF21State,
+    FeedbackState,
+    MomentumState,
+    ef21,
+    ef21_server,
+    error_feedback,
+    momentum_correction,
+)
 from jfed.compress.floats import low_precision, natural
 from jfed.compress.message import (
     Decoder,
@@ -32,7 +40,7 @@ from jfed.compress.message import (
 )
 from jfed.compress.one_bit_adam import OneBitAdamState, one_bit_adam
 from jfed.compress.power_sgd import power_sgd
-from jfed.compress.prune import cubic, frozen_zeros, kernels, prune
+from jfed.compress.prune import PruneState, cubic, frozen_zeros, kernels, nonzeros, prune
 from jfed.compress.quantize import lloyd_max, qsgd, quantize, terngrad
 from jfed.compress.rotate import drive, eden, rotate
 from jfed.compress.sign import majority_vote, scaled_sign, sign
@@ -40,8 +48,13 @@ from jfed.compress.sparse import random_k, ternary, threshold, top_k
 
 __all__ = [
     "Decoder",
+    "EF21State",
     "Encoded",
+    "FeedbackState",
+    "FetchState",
+    "MomentumState",
     "OneBitAdamState",
+    "PruneState",
     "Source",
     "collectives",
     "count_sketch",
@@ -64,6 +77,7 @@ __all__ = [
     "natural",
     "nbytes",
     "nodes",
+    "nonzeros",
     "one_bit_adam",
     "operator",
     "over_tree",

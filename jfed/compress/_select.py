@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_SAMPLE = 2**13  # numbers that a bracket is drawn from, about
+from jfed import _noise
+
+_FEW = 2**13  # numbers that a bracket is drawn from, at least
 _MANY = 2**16  # numbers from which on it pays
 _LARGEST = 2**31 - 1  # more than the bits of any magnitude
 
@@ -39,10 +41,16 @@ def _of_threshold(b, k, least):
 
 
 def over_sample(x: jax.Array, k: int, stride: int) -> jax.Array:
-    """Bitmap of about the k largest magnitudes: all that reach the threshold found on every `stride`-th number."""
-    sample = x[::stride]
+    """Bitmap of about the k largest magnitudes: all that reach the threshold found on one number of each `stride`."""
+    sample = _sample(x, stride)
     least = _kth(_magnitude(sample), max(1, round(k * sample.size / x.size)))
     return _of_threshold(_magnitude(x), k, least)
+
+
+def _sample(x: jax.Array, stride: int) -> jax.Array:
+    """A number of each `stride`, at a place that is scrambled: rows and columns of a matrix come all alike."""
+    first = jnp.arange(x.size // stride, dtype=jnp.uint32)
+    return x[first * stride + _noise.scramble(first) % jnp.uint32(stride)]
 
 
 def bitmap(mask: jax.Array) -> jax.Array:
@@ -71,9 +79,16 @@ def positions(words: jax.Array, k: int, d: int) -> jax.Array:
     return jnp.where(found, 32 * word + place, d)
 
 
-def kth_magnitude(x: jax.Array, k: jax.Array) -> jax.Array:
-    """The k-th largest magnitude of `x` [d], as float32; k may be traced."""
-    return lax.bitcast_convert_type(_kth(_magnitude(x), k), jnp.float32)
+def among_largest(x: jax.Array, k: jax.Array) -> jax.Array:
+    """Whether each number of `x` [d] is one of the k of largest magnitude, [d] bool; as `largest`, but k may be traced.
+
+    >>> print(among_largest(jnp.array([1.0, -1.0, 2.0]), jnp.array(2)))
+    [ True False  True]
+    """
+    b = _magnitude(x)
+    words = _of_threshold(b, k, _kth(b, k))
+    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
+    return (bits == 1).reshape(-1)[: x.size]
 
 
 def _magnitude(x: jax.Array) -> jax.Array:
@@ -83,7 +98,7 @@ def _magnitude(x: jax.Array) -> jax.Array:
 def _bracketed(b: jax.Array, k: int) -> jax.Array:
     """`_kth` of many numbers."""
     d = b.size
-    sample = b[:: d // _SAMPLE | 1]
+    sample = _sample(b, d // _FEW)
     m = sample.size
     margin = 4 * math.sqrt(k / d * (1 - k / d) * m) + 1  # standard deviations of the rank among the sample
     low = _kth(sample, min(m, math.ceil(k / d * m + margin)))

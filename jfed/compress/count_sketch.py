@@ -53,10 +53,10 @@ def count_sketch(rows: int, columns: int, *, seed: int = 0) -> optax.GradientTra
 
 
 class FetchState(NamedTuple):
-    """Both are sketches."""
+    """On the server."""
 
-    momentum: Tree
-    error: Tree
+    momentum: Tree  # a message of the sketch, S_u: tables [r, c]
+    error: Tree  # a message of the sketch, S_e: tables [r, c]
 
 
 def fetch_sgd(
@@ -125,7 +125,7 @@ def _median(payload, rest, shape, dtype, seed):
 
 def _hashes(d: int, columns: int, row: int, seed: int) -> tuple[jax.Array, jax.Array]:
     """Signs [d] of a row, and by how much each block of `columns` numbers is turned."""
-    words = _noise.scramble(jnp.arange(2, dtype=jnp.uint32) + jnp.uint32(2 * row + 1009 * seed + 1))
-    signs = jnp.where(_noise.bits(words, (d,)) >> 31 == 1, -1.0, 1.0)
+    words = _noise.scramble(jnp.arange(2, dtype=jnp.uint32) + _noise.seeded(2 * row + 1009 * seed + 1))
+    signs = _noise.signs(words, d)
     turns = _noise.bits(words, (-(-d // columns),), stream=1) % jnp.uint32(columns)
     return signs, turns.astype(jnp.int32)

@@ -17,7 +17,7 @@ from jfed.core import Tree
 class FeedbackState(NamedTuple):
     """Per sender."""
 
-    residual: Tree  # as params, what was not sent yet
+    residual: Tree  # as params, at least float32: what was not sent yet
     compressor: Tree  # state of the compressor
 
 
@@ -26,8 +26,13 @@ def error_feedback(
 ) -> optax.GradientTransformationExtraArgs:
     """Sends C(g + e) and keeps e' = g + e - C(g + e) (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847).
 
+    The paper feeds back steps, with the learning rate in them: where the rate changes, put
+    `optax.scale_by_learning_rate` before it and nothing after `decoded()`. With a constant rate the order does not
+    matter.
+
     Guarantees:
       * Telescoping: what was sent so far, plus the residual, is the sum of all inputs.
+      * An input that is not finite is sent, and leaves the residual as it was.
 
     Args:
       compressor: one, or an `optax.chain` of several.
@@ -51,8 +56,7 @@ def error_feedback(
         whole = jax.tree.map(jnp.add, updates, state.residual)
         message, inner = compressor.update(whole, state.compressor, params, **extra_args)
         _check("error_feedback", message, refuse)
-        residual = jax.tree.map(jnp.subtract, whole, decode(message))
-        return message, FeedbackState(residual, inner)
+        return message, FeedbackState(_left(whole, decode(message), state.residual), inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -60,14 +64,15 @@ def error_feedback(
 class EF21State(NamedTuple):
     """Per sender."""
 
-    known: Tree  # as params, what the server believes this sender's gradient to be
+    known: Tree  # as params, at least float32: what the server believes this sender's gradient to be
     compressor: Tree  # state of the compressor
 
 
 def ef21(compressor: optax.GradientTransformation, *, refuse: bool = True) -> optax.GradientTransformationExtraArgs:
     """EF21: sends C(g - known), and both sides add it to what is known (Richtarik et al. 2021, arXiv:2106.05203).
 
-    What the server wants is the sum of all messages so far: put `ef21_server` before its optimizer.
+    What the server wants is the sum of all messages so far: put `ef21_server` before its optimizer. A gradient that is
+    not finite stays in that sum: drop it before, with `optax.apply_if_finite` or, in `federated`, by itself.
 
     Args:
       compressor: one, or an `optax.chain` of several.
@@ -85,7 +90,8 @@ def ef21(compressor: optax.GradientTransformation, *, refuse: bool = True) -> op
         change = jax.tree.map(jnp.subtract, updates, state.known)
         message, inner = compressor.update(change, state.compressor, params, **extra_args)
         _check("ef21", message, refuse)
-        return message, EF21State(jax.tree.map(jnp.add, state.known, decode(message)), inner)
+        known = jax.tree.map(lambda k, m: (k + m).astype(k.dtype), state.known, decode(message))
+        return message, EF21State(known, inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -105,6 +111,10 @@ def ef21_server(total_weight: float | None = None) -> optax.GradientTransformati
 
     def update_fn(updates, state, params=None, *, weight=None, **extra_args):
         del params, extra_args
+        if total_weight is not None and weight is None:
+            raise ValueError(
+                "ef21_server(total_weight=...).update(weight=None): pass weight=, the sum of who reported."
+            )
         share = 1.0 if total_weight is None else weight / total_weight
         known = jax.tree.map(lambda k, u: (k + share * u).astype(k.dtype), state, updates)
         return known, known
@@ -115,8 +125,8 @@ def ef21_server(total_weight: float | None = None) -> optax.GradientTransformati
 class MomentumState(NamedTuple):
     """Per sender."""
 
-    velocity: Tree  # as params, u
-    residual: Tree  # as params, v
+    velocity: Tree  # as params, at least float32: u
+    residual: Tree  # as params, at least float32: v
     compressor: Tree  # state of the compressor
 
 
@@ -128,6 +138,9 @@ def momentum_correction(
     u = momentum u + g; v = v + u; sends C(v). Where something was sent, v keeps what was left out and u starts again
     (momentum factor masking, sections 3.1 and 3.2). The receiver then uses plain SGD. With `top_k` v is 0 where it was
     sent, as in the paper. Clip before it: `optax.chain(optax.clip_by_global_norm(...), momentum_correction(...))`.
+
+    The paper's senders, n of them, clip to n^(-1/2) of the norm that one would. A compressor that leaves nothing at
+    zero, such as `scaled_sign`, sends everything, so that u starts again everywhere and there is no momentum.
 
     Args:
       compressor: `top_k` in the paper.
@@ -149,24 +162,40 @@ def momentum_correction(
         message, inner = compressor.update(v, state.compressor, params, **extra_args)
         _check("momentum_correction", message, refuse)
         sent = decode(message)
-        v = jax.tree.map(jnp.subtract, v, sent)
-        u = jax.tree.map(lambda u, s: jnp.where(s != 0, 0, u), u, sent)
-        return message, MomentumState(u, v, inner)
+        u = jax.tree.map(lambda u, s, old: jnp.where(jnp.isfinite(u), jnp.where(s != 0, 0, u), old), u, sent, state[0])
+        return message, MomentumState(u, _left(v, sent, state.residual), inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _zeros(params: Tree) -> Tree:
-    return jax.tree.map(jnp.zeros_like, params)
+    """Zeros as params are; of less than float32 a sum of many small numbers would stop growing."""
+    return jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _at_least_float32(p)), params)
+
+
+def _at_least_float32(p: jax.Array) -> jnp.dtype:
+    dtype = jnp.result_type(p)
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
+def _left(whole: Tree, sent: Tree, before: Tree) -> Tree:
+    """What was not sent, and what was left before where that is not finite."""
+
+    def one(whole, sent, before):
+        left = whole - sent
+        return jnp.where(jnp.isfinite(left), left, before)
+
+    return jax.tree.map(one, whole, sent, before)
 
 
 def _check(where: str, message: Tree, refuse: bool) -> None:
-    found = nodes(message)
+    found = [node for node in nodes(message) if node.decoder.name != "over_tree"]
     if not found:
         raise ValueError(f"{where}(...): what it is around compresses nothing; give it a link of jfed.compress.")
     for node in found:
         if refuse and not node.decoder.contraction:
             raise ValueError(
                 f"{where}(...): {node.decoder.name} is no contraction for arrays of this size, and what it leaves out "
-                "may grow without bound; take scaled_sign, rounding='nearest' or smaller blocks, or pass refuse=False."
+                "may grow without bound; take what leaves less out, such as scaled_sign, rounding='nearest', "
+                "method='exact' or smaller blocks, or pass refuse=False."
             )

@@ -107,14 +107,18 @@ def undecoded() -> optax.GradientTransformation:
     """The last link of an uplink whose messages are added up as they are: arrays alone, which nobody decodes.
 
     Raises:
-      ValueError: at `update`, if a message is not linear.
+      ValueError: at `update`, if a message is not linear, or holds more than what is added up.
     """
 
     def bare(node):
         if not is_encoded(node):
             return node
-        if node.rest or not node.decoder.linear:
+        if not node.decoder.linear:
             raise ValueError(f"undecoded(): messages of {node.decoder.name} cannot be added up; decode them.")
+        if node.rest:
+            raise ValueError(
+                f"undecoded(): messages of {node.decoder.name} hold {', '.join(node.rest)} besides; decode them."
+            )
         return undecoded_tree(node.payload)
 
     def undecoded_tree(message):
@@ -158,11 +162,19 @@ def operator(
                 return dataclasses.replace(x, payload=jax.tree.map(one, x.payload, is_leaf=is_encoded))
             if not (jnp.issubdtype(x.dtype, jnp.floating) and x.size):
                 return x
+            if x.size >= 2**31:
+                raise ValueError(
+                    f"{name}(...): an array of {x.size} numbers is more than int32 can count; take it apart, or leave "
+                    "out over_tree."
+                )
             count += 1
             own, shared = (w if w is None else _noise.scramble(w + jnp.uint32(count)) for w in (words, common))
             return encode(x, Source(functools.partial(_noise.uniform, words, stream=count), own, shared))
 
-        return jax.tree.map(one, updates, is_leaf=is_encoded), state
+        message = jax.tree.map(one, updates, is_leaf=is_encoded)
+        if not count and (before := [node.decoder.name for node in nodes(message) if not node.payload]):
+            raise ValueError(f"{name}(...): {before[0]}, before it, leaves no numbers to compress; change their order.")
+        return message, state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
 
@@ -171,7 +183,8 @@ def over_tree(*links: optax.GradientTransformation) -> optax.GradientTransformat
     """Applies a chain to the whole tree laid end to end, as one vector of float32.
 
     `over_tree(top_k(0.01))` keeps the largest hundredth of all numbers, wherever they lie; `over_tree(scaled_sign())`
-    has one scale for the model.
+    has one scale for the model. Its message is one node in the place of the tree, which `optax.masked` cannot mend: put
+    `masked` inside.
 
     Raises:
       ValueError: at `update`, if a leaf is not floating.
@@ -186,8 +199,12 @@ def over_tree(*links: optax.GradientTransformation) -> optax.GradientTransformat
 
     def vector(updates):
         leaves = jax.tree.leaves(updates, is_leaf=is_encoded)
-        if odd := [x for x in leaves if is_encoded(x) or not jnp.issubdtype(x.dtype, jnp.floating)]:
-            raise ValueError(f"over_tree(...): it takes trees of floating arrays; this one holds {odd[0]}.")
+        for x in leaves:
+            if is_encoded(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+                held = f"a message of {x.decoder.name}" if is_encoded(x) else f"{x.dtype}{list(x.shape)}"
+                raise ValueError(f"over_tree(...): it takes trees of floating arrays; this one holds {held}.")
+        if not leaves:
+            return jnp.zeros(0)
         return jnp.concatenate([x.reshape(-1).astype(jnp.float32) for x in leaves])
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -23,7 +23,8 @@ def power_sgd(rank: int, *, axis_name: str | None = None, seed: int = 0) -> opta
     get smaller, are sent as they are. Use it in `error_feedback`, as the paper does.
 
     Guarantees:
-      * A projection, so never further from M than 0 is; of M of rank r or less, after a step, exact.
+      * A projection, so never further from M than 0 is; of M of rank r or less, exact.
+      * Vogels et al. (Algorithm 2) add momentum after it: chain `optax.trace` behind `decoded()`.
       * With `axis_name`, inside `shard_map` or `vmap`, the message is that of the mean over devices and is the same
         on all: P and Q are averaged on the way (`lax.pmean`), which is all that is sent.
 
@@ -75,9 +76,11 @@ def _one(x, q, rank, axis_name):
     p = _orthonormal(mean(_product(m, q)))
     new = mean(_product(m.T, p))
     decoder = Decoder("power_sgd", _outer, (x.shape, jnp.dtype(x.dtype).name), contraction=True, linear=False)
-    # A gradient of zeros leaves nothing to start from: keep the last.
-    alive = jnp.any(new != 0) & jnp.all(jnp.isfinite(new))
-    return Encoded({"p": p, "q": new}, {}, decoder), jnp.where(alive, new, q)
+    # Of a matrix of lower rank some columns are zeros, which leave nothing to start from: those keep the last. Lengths
+    # do not matter to the next step, and would grow with it.
+    largest = jnp.max(jnp.abs(new), axis=0, keepdims=True)
+    alive = (largest > 0) & jnp.all(jnp.isfinite(new))
+    return Encoded({"p": p, "q": new}, {}, decoder), jnp.where(alive, new / jnp.where(alive, largest, 1), q)
 
 
 def _outer(payload, rest, shape, dtype):

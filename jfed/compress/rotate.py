@@ -4,6 +4,8 @@ The rotation is D then H: signs drawn from shared randomness, then a Walsh-Hadam
 arXiv:1611.00429, section 3). An array is cut into blocks whose lengths are powers of two, so nothing is padded: with
 d = 1000 and blocks of 256, three of those and one each of 128, 64, 32 and 8.
 
+Scales of rotated numbers are made of sums of squares in float32: magnitudes from 1e-19 to 1e19.
+
 Letters: d numbers, B of a block.
 """
 
@@ -38,7 +40,7 @@ def rotate(
       block: the longest block, a power of two; None makes blocks as long as they can be.
       signs: `"shared"`, all senders of a round rotate alike, by the extra argument `round`; or `"own"`, each by its
         `key`, so that what later links lose of one sender has nothing to do with what they lose of another.
-      seed: of the signs, with `round` or `key`.
+      seed: of the signs, with `round` or `key`; give the second of two rotations another.
 
     Raises:
       ValueError: if `block` is not a power of two, or `signs` neither of these.
@@ -50,16 +52,17 @@ def rotate(
     """
     if block is not None:
         _validate.at_least_one("rotate", "block", block, "4096 is quick and long enough")
+        block = int(block)
         if block & (block - 1):
             raise ValueError(f"rotate(block={block}): it must be a power of two; try {2 ** block.bit_length() // 2}.")
 
     if signs not in ("shared", "own"):
         raise ValueError(f"rotate(signs={signs!r}): they must be 'shared' or 'own'.")
-    shared = signs == "shared"
+    shared, salt = signs == "shared", _noise.seeded(seed)
 
     def encode(x: jax.Array, source: Source) -> Encoded:
-        words = _noise.scramble((source.shared if shared else source.own) ^ jnp.uint32(seed))
-        flat = x.reshape(-1).astype(jnp.float32) * _signs(words, x.size)
+        words = _noise.scramble((source.shared if shared else source.own) ^ salt)
+        flat = x.reshape(-1).astype(jnp.float32) * _noise.signs(words, x.size)
         payload = {}
         for first, n, b in _blocks(x.size, block):
             payload[str(b)] = _hadamard(flat[first : first + n * b].reshape(n, b))
@@ -111,7 +114,7 @@ def _back(payload, rest, shape, dtype, block):
     d = math.prod(shape)
     parts = [_hadamard(payload[str(b)]).reshape(-1) for _, _, b in _blocks(d, block)]
     flat = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
-    return (flat * _signs(rest["seed"], d)).reshape(shape).astype(dtype)
+    return (flat * _noise.signs(rest["seed"], d)).reshape(shape).astype(dtype)
 
 
 def _blocks(d: int, block: int | None) -> list[tuple[int, int, int]]:
@@ -126,11 +129,6 @@ def _blocks(d: int, block: int | None) -> list[tuple[int, int, int]]:
             first += n * b
         b //= 2
     return found
-
-
-def _signs(words: jax.Array, d: int) -> jax.Array:
-    """D signs, each +1 or -1."""
-    return jnp.where(_noise.bits(words, (d,)) >> 31 == 1, -1.0, 1.0)
 
 
 def _hadamard(y: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """A few numbers of many, and where they lie.
 
-Positions are sent as indices of as many bits as they need, or as a bitmap, whichever is smaller; that is known when
-the program is traced.
+Positions are sent as indices of floor(log2 d) + 1 bits, one more than they need where d is a power of two since d
+itself is an empty place, or as a bitmap, whichever is smaller; that is known when the program is traced. Either fills
+whole bytes.
 
 Letters: d numbers, k of them kept, delta of |C(x) - x|^2 <= (1 - delta) |x|^2.
 """
@@ -29,14 +30,15 @@ def top_k(
 
     Guarantees:
       * `"exact"`: a contraction with delta = k / d; equal magnitudes are taken from the front, a NaN before all.
-      * `"sampled"`: numbers above the threshold found on every 64th, from the front if they are more than k; of fewer
-        than four million numbers a larger part is looked at, at least 32768.
+      * `"sampled"`: numbers above the threshold found on one of each 64, from the front if they are more than k; of
+        fewer than two million numbers a larger part is looked at, at least 32768; below 65536 it is exact.
 
-    On the wire: k values, and k ceil(log2 d) or d bits of positions. Later links compress the values.
+    On the wire: k values, and k (floor(log2 d) + 1) or d bits of positions. Later links compress the values.
 
     Args:
       fraction: k / d, in (0, 1]; at least one number is kept.
-      block: keep that fraction in each block of so many numbers, instead of in the whole array.
+      block: keep that fraction in each block of so many numbers, instead of in the whole array; the last is filled up
+        with zeros, and has places for as many.
       method: `"exact"`, or `"sampled"`, up to twenty times quicker for millions of numbers.
 
     Raises:
@@ -68,7 +70,8 @@ def top_k(
         values, positions = of_block(rows[0]) if len(rows) == 1 else jax.vmap(of_block)(rows)
         settings = (x.shape, jnp.dtype(x.dtype).name, b, k)
         packed = (("positions", _pack.Places(len(rows), b, k)),)
-        decoder = Decoder("top_k", _scatter, settings, contraction=method == "exact", linear=False, packed=packed)
+        exact = method == "exact" or b < 2 * _SAMPLE
+        decoder = Decoder("top_k", _scatter, settings, contraction=exact, linear=False, packed=packed)
         return Encoded({"values": values}, {"positions": positions}, decoder)
 
     return operator("top_k", encode)
@@ -77,7 +80,8 @@ def top_k(
 def threshold(least: float, *, capacity: float) -> optax.GradientTransformationExtraArgs:
     """The magnitudes above a threshold, as many as there are room for: the largest (Strom 2015, adapted).
 
-    With `least=0` it sends a sparse array exactly, such as a pruned model.
+    With `least=0` it sends a sparse array exactly, if there is room: what does not fit is dropped without notice, so
+    for a pruned model take `nonzeros`.
 
     On the wire: as `top_k(capacity)`, room that is not needed included; `lossless.encode` leaves it out unless a link
     that rounds at random has filled it.
@@ -130,9 +134,11 @@ def random_k(
     if scale not in ("unbiased", "none"):
         raise ValueError(f"random_k(scale={scale!r}): it must be 'unbiased' or 'none'.")
 
+    salt = _noise.seeded(seed)
+
     def encode(x: jax.Array, source: Source) -> Encoded:
         d, k = x.size, max(1, math.ceil(fraction * x.size - 1e-9))
-        words = _noise.scramble(source.shared ^ jnp.uint32(seed))
+        words = _noise.scramble(source.shared ^ salt)
         values = x.reshape(-1)[_drawn(words, k, d)] * (d / k if scale == "unbiased" else 1.0)
         settings = (x.shape, jnp.dtype(x.dtype).name)
         contraction = scale == "none" or d < 2 * k
@@ -147,8 +153,14 @@ def ternary(fraction: float, *, method: Method = "exact") -> optax.GradientTrans
 
     Sattler et al. 2019 (arXiv:1903.02891), Algorithm 1: `top_k`, then `scaled_sign` of the values kept; a contraction.
 
+    A zero that is kept becomes plus the mean, and empty places of `"sampled"` count in it.
+
     On the wire: k bits of signs, 32 of the mean, and positions, which `lossless.encode` brings down to the paper's
     Golomb code.
+
+    Args:
+      fraction: see `top_k`.
+      method: see `top_k`; `"sampled"` is no contraction.
 
     Raises:
       ValueError: as `top_k`.

@@ -23,6 +23,7 @@ from jfed.core import Population
 from jfed.data import _checks
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_CHANNELS = {"png": (1, 3, 4), "jpeg": (1, 3), "webp": (1, 3, 4)}
 _COMPRESSORS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
     "lzma": (lzma.compress, lzma.decompress),
     "zlib": (lambda data: zlib.compress(data, 9), zlib.decompress),
@@ -46,6 +47,7 @@ def image_codec(format: Literal["png", "jpeg", "webp"], *, quality: int | None =
 
     Guarantees:
       * PNG, and WebP without `quality`, give every pixel back.
+      * A damaged PNG is noticed; the other formats have no checksum.
 
     Args:
       format: `"png"`, `"jpeg"` or `"webp"`.
@@ -70,7 +72,8 @@ def image_codec(format: Literal["png", "jpeg", "webp"], *, quality: int | None =
         raise ValueError(f"image_codec('png', quality={quality!r}): PNG loses nothing; leave quality out.")
     if format == "jpeg" and quality is None:
         raise ValueError("image_codec('jpeg', quality=None): JPEG loses something; pass quality=75, or take 'png'.")
-    if quality is not None and (isinstance(quality, bool) or quality not in range(1, 101)):
+    whole = isinstance(quality, int | np.integer) and not isinstance(quality, bool)
+    if quality is not None and not (whole and 1 <= quality <= 100):
         raise ValueError(
             f"image_codec(quality={quality!r}): quality must be a whole number from 1 to 100; 75 is usual."
         )
@@ -94,18 +97,24 @@ def image_codec(format: Literal["png", "jpeg", "webp"], *, quality: int | None =
         from PIL import Image
 
         row, dtype = tuple(like.shape[1:]), np.dtype(like.dtype)
+        if len(row) not in (2, 3) or (len(row) == 3 and row[2] not in _CHANNELS[format]):
+            raise ValueError(
+                f"decode(like of shape {list(like.shape)}): a {format} is [rows, columns] or [rows, columns, channels] "
+                f"of {', '.join(map(str, _CHANNELS[format]))} channels; pass the examples' own shape."
+            )
         mode = _MODES[row[2] if len(row) == 3 else 1]
         out = np.empty((len(files), *row), np.uint8)
         for i, file in enumerate(files):
             try:
                 with Image.open(io.BytesIO(file), formats=[format]) as image:
-                    pixels = np.asarray(image.convert(mode))
+                    pixels, found = np.asarray(image.convert(mode)), image.mode
             except (OSError, SyntaxError) as error:  # what Pillow raises for damaged files
                 raise ValueError(f"decode(files): file {i} is no whole {format}; pass what was encoded.") from error
-            if pixels.shape[:2] != row[:2]:
+            # A WebP has three channels at least, and a fourth where a pixel is transparent.
+            if pixels.shape[:2] != row[:2] or (format != "webp" and found != mode):
                 raise ValueError(
-                    f"decode(files): file {i} holds {pixels.shape[0]} x {pixels.shape[1]} pixels, like has "
-                    f"{row[0]} x {row[1]}; pass the examples' own shape."
+                    f"decode(files): file {i} holds {pixels.shape[0]} x {pixels.shape[1]} pixels of kind {found}, like "
+                    f"has {row[0]} x {row[1]} of kind {mode}; pass the examples' own shape."
                 )
             out[i] = pixels.reshape(row)
         if dtype == np.uint8:
@@ -127,7 +136,7 @@ def token_codec(compressor: Literal["lzma", "zlib", "bz2"] = "lzma") -> Codec:
 
     Raises:
       ValueError: if there is no such compressor; when it encodes, if the examples are no integers; when it decodes, if
-        the stream is damaged or does not hold whole rows of `like`.
+        the stream is damaged, does not hold whole rows of `like` or numbers that its dtype cannot, or is not one.
 
     >>> codec = token_codec("zlib")
     >>> text = np.tile(np.array([[7, 300, 2, -1]], np.int32), (50, 1))
@@ -154,16 +163,22 @@ def token_codec(compressor: Literal["lzma", "zlib", "bz2"] = "lzma") -> Codec:
         row, dtype = tuple(like.shape[1:]), np.dtype(like.dtype)
         if not len(files):
             return np.empty((0, *row), dtype)
+        if len(files) != 1:
+            raise ValueError(f"decode({len(files)} files): one stream holds all of a client's; decode each by itself.")
         try:
             data = decompress(files[0])
             size, least = _HEADER.unpack_from(data)
             above = np.frombuffer(data, f"<u{size}", offset=_HEADER.size).astype(np.uint64)
-            return (above + np.uint64(least % 2**64)).astype(dtype).reshape(-1, *row)
+            wide = (above + np.uint64(least % 2**64)).astype(np.uint64 if least >= 0 else np.int64)
+            tokens = wide.astype(dtype).reshape(-1, *row)
         except (lzma.LZMAError, zlib.error, struct.error, OSError, EOFError, TypeError, ValueError) as error:
             raise ValueError(
                 f"decode(files): no {compressor} stream of whole rows {list(row)}; pass what was encoded, and a `like` "
                 "of the same rows."
             ) from error
+        if not np.array_equal(tokens.reshape(-1), wide):
+            raise ValueError(f"decode(like of {dtype}): the stream holds numbers beyond it; pass a wider dtype.")
+        return tokens
 
     return Codec(encode, decode)
 
@@ -213,7 +228,7 @@ def upload_bytes(codec: Codec, population: Population, *, leaf: str = "x") -> np
 
 def _pixels(images: np.ndarray, format: str) -> np.ndarray:
     """Images as Pillow takes them, uint8 [n, rows, columns] or [n, rows, columns, channels]."""
-    channels = (1, 3) if format == "jpeg" else (1, 3, 4)
+    channels = _CHANNELS[format]
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in channels) or 0 in images.shape[1:]:
         raise ValueError(
             f"encode(examples of shape {list(images.shape)}): {format} takes [n, rows, columns] or "

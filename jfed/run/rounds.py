@@ -53,7 +53,7 @@ def scan_rounds(
         `examples` as `evaluate` does.
       examples: leaves [E, ...], what the model is judged on.
       report: `(rounds completed, {name: number}) -> None`, called on the host every so many rounds
-        with the judgement and the last round's metrics, while the program runs on.
+        with the judgement and the last round's metrics but for `"traffic"`, while the program runs on.
       donate: let the result take the place of `state` in memory; the one passed in, and the params it
         was made from, are then gone.
 
@@ -85,7 +85,7 @@ def _scan_rounds(algorithm, sampler, judge, report, rounds, every, population, s
         state, metrics = jax.lax.scan(one_round, state, first + jnp.arange(every))
         judged = {} if judge is None else evaluate(judge, algorithm.params(state), examples)
         if report is not None:
-            last = jax.tree.map(lambda m: m[-1], metrics)
+            last = jax.tree.map(lambda m: m[-1], {name: m for name, m in metrics.items() if name != "traffic"})
             io_callback(lambda t, row: report(int(t), _numbers(row)), None, first + every, last | judged, ordered=True)
         return state, (metrics, judged)
 

@@ -36,11 +36,12 @@ def test_centralised_training_is_gradient_descent_whose_momentum_lasts():
     m = {k: np.zeros_like(v) for k, v in w.items()}
     x, y = (np.asarray(POPULATION.examples[name]) for name in "xy")
     for t in range(3):
-        state, _ = advance(state, sampler(population, KEY, t), jax.random.fold_in(KEY, t))
+        state, metrics = advance(state, sampler(population, KEY, t), jax.random.fold_in(KEY, t))
         g = problem.numpy_gradient(w, x, y)
         m = {k: 0.9 * m[k] + g[k] for k in m}
         w = {k: w[k] - 0.2 * m[k] for k in w}
     problem.close(state.params, w)
+    assert metrics["traffic"].up.tolist() == metrics["traffic"].down.tolist() == [0]
 
 
 def test_pooling_keeps_every_row():

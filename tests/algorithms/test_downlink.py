@@ -7,7 +7,7 @@ import pytest
 from problem import PARAMS, POPULATION, cohort_of
 
 from jfed import compress, local, run, sampling, tree
-from jfed.algorithms import compressed_downlink, fedavg, fedbuff, ifca
+from jfed.algorithms import compressed_downlink, fedavg, fedbuff, federated, fedper, ifca
 
 WORK = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4)
 KEY = jax.random.key(3)
@@ -22,9 +22,11 @@ def rounds_of(algorithm, rounds=6, state=None):
 
 def test_a_downlink_that_leaves_nothing_out_is_the_method():
     plain, _ = rounds_of(fedavg(WORK))
-    state, _ = rounds_of(compressed_downlink(fedavg(WORK), compress.top_k(1.0), num_clients=12))
+    algorithm = compressed_downlink(fedavg(WORK), compress.top_k(1.0), num_clients=12)
+    state, _ = rounds_of(algorithm)
     problem.close(state.model.params, plain.params, 1e-5)
-    problem.close(state.sender.known, state.model.params, 0.5)  # but for the last round's change
+    before, _ = rounds_of(algorithm, rounds=5)
+    problem.close(state.sender.known, before.model.params, 1e-6)  # the last round's change is sent in the next
 
 
 def test_what_is_left_out_is_sent_later():
@@ -71,6 +73,21 @@ def test_clients_train_from_what_they_know_and_the_server_keeps_its_own_model():
     problem.close(after.model.params, jax.tree.map(jnp.add, state.model.params, moved), 1e-6)
 
 
+def test_what_the_server_sets_to_zero_is_zero():
+    server = optax.chain(optax.sgd(1.0), compress.prune(0.5))
+    nearest = compress.quantize(4, rounding="nearest")
+    state, _ = rounds_of(compressed_downlink(federated(WORK, server=server), nearest, num_clients=12))
+    assert int(jnp.sum(state.model.params["w"] == 0)) == 6
+
+
+def test_clients_beyond_those_it_knows_of_are_dropped():
+    algorithm = compressed_downlink(fedavg(WORK), compress.scaled_sign(), num_clients=5)
+    state, _ = algorithm.round(algorithm.init(PARAMS), cohort_of([4, 0], WORK), KEY)
+    _, metrics = algorithm.round(state, cohort_of([7, 0, 12], WORK), KEY)
+    assert (int(metrics["reports"]), int(metrics["dropped"])) == (1, 1)
+    assert metrics["traffic"].down.tolist() == [DENSE, 2 + 4 + 1 + 4, 0]
+
+
 def test_a_downlink_that_may_diverge_is_refused():
     algorithm = compressed_downlink(fedavg(WORK), compress.sign(), num_clients=12)
     with pytest.raises(ValueError, match="no contraction"):
@@ -89,6 +106,15 @@ def test_personal_models_are_still_there():
     algorithm = compressed_downlink(method, compress.top_k(1.0), num_clients=12)
     state = algorithm.init(both)
     problem.close(algorithm.personal(state, 0), method.personal(state.model, 0))
+
+
+def test_a_personal_model_is_made_of_what_clients_know():
+    method = fedper(WORK, is_local=lambda path: path == "b", num_clients=12)
+    algorithm = compressed_downlink(method, compress.scaled_sign(), num_clients=12)
+    state, _ = rounds_of(algorithm, rounds=3)
+    found = algorithm.personal(state, 0)
+    problem.close(found["w"], state.sender.known["w"], 0)
+    assert jnp.abs(found["w"] - state.model.params["w"]).max() > 0.01
 
 
 def test_both_ways_compressed_still_learn():

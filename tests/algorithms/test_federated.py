@@ -6,8 +6,9 @@ import problem
 import pytest
 from problem import PARAMS, POPULATION, SIZES, cohort_of
 
-from jfed import algorithms, local, run, sampling
-from jfed.algorithms import fedadagrad, fedadam, fedavg, fedavgm, federated, fedsgd, fedyogi
+from jfed import algorithms, compress, local, run, sampling
+from jfed.algorithms import compressed_downlink, fedadagrad, fedadam, fedavg, fedavgm, federated, fedsgd, fedyogi
+from jfed.algorithms.federated import count_bytes
 from jfed.clients import lanes, vectorised
 from jfed.core import ClientWork
 
@@ -187,13 +188,18 @@ def test_a_weight_that_is_no_weight_drops_its_client(weight):
     assert (int(metrics["dropped"]), int(metrics["reports"])) == (1, 2)
 
 
-def test_an_update_that_overflows_once_weighted_is_dropped():
+@pytest.mark.parametrize(
+    "uplink",
+    [None, compress.natural(), compress.low_precision("bfloat16"), compress.quantize(8)],
+    ids=["none", "natural", "bfloat16", "quantize"],
+)
+def test_an_update_that_overflows_once_weighted_is_dropped(uplink):
     def finish(shared, who, carry):
         kept, added = WORK.finish(shared, who, carry)
         return jax.tree.map(lambda k: jnp.where(who.ids == 5, 1e38, k), kept), added
 
-    state, metrics = one_round(fedavg(WORK._replace(finish=finish)), cohort_of([3, 5, 7], WORK))
-    problem.close(state.params, one_round(fedavg(WORK), cohort_of([3, 7], WORK))[0].params)
+    state, metrics = one_round(fedavg(WORK._replace(finish=finish), uplink=uplink), cohort_of([3, 5, 7], WORK))
+    problem.close(state.params, one_round(fedavg(WORK, uplink=uplink), cohort_of([3, 7], WORK))[0].params)
     assert int(metrics["dropped"]) == 1
 
 
@@ -283,10 +289,18 @@ def test_a_round_can_be_differentiated_and_an_empty_slot_does_not_spoil_it(make)
 def test_messages_of_four_gigabytes_are_counted():
     huge = {"w": jax.ShapeDtypeStruct((2**30 + 1,), jnp.float32)}
     work = local.gradient(lambda w, batch, key: batch["x"][:, 0] * w["w"][0], chunk_size=4)
-    algorithm = fedsgd(work, learning_rate=0.1)
-    state = jax.eval_shape(algorithm.init, huge)
-    _, metrics = jax.eval_shape(algorithm.round, state, cohort_of([1], work), KEY)
-    assert metrics["traffic"].up.dtype == jnp.float32
+    plain = fedsgd(work, learning_rate=0.1)
+    for algorithm in (plain, compressed_downlink(plain, compress.low_precision("bfloat16"), num_clients=12)):
+        state = jax.eval_shape(algorithm.init, huge)
+        _, metrics = jax.eval_shape(algorithm.round, state, cohort_of([1], work), KEY)
+        assert metrics["traffic"].up.dtype == metrics["traffic"].down.dtype == jnp.float32
+
+
+def test_bytes_of_two_messages_can_be_added():
+    """As Mime's clients send two; what is exact is below 2 GiB."""
+    for nbytes in (2**31 - 1, 2**31, 3 * 2**30):
+        one = count_bytes(nbytes, jnp.array([True, False]))
+        assert (one + one).tolist() == [2 * nbytes, 0]
 
 
 @pytest.mark.parametrize(

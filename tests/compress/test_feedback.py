@@ -1,5 +1,7 @@
 """Error feedback makes up for what a compressor leaves out; EF21 also where workers disagree."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -248,3 +250,52 @@ def test_a_momentum_above_one_is_refused():
 def test_a_total_weight_of_zero_is_refused():
     with pytest.raises(ValueError, match="total_weight"):
         compress.ef21_server(total_weight=0.0)
+
+
+@pytest.mark.parametrize(
+    "make", [compress.error_feedback, functools.partial(compress.momentum_correction, momentum=0.0)]
+)
+def test_half_precision_loses_nothing_over_many_steps(make):
+    """In bfloat16 a residual of 256 would not grow by 1."""
+    link = make(compress.top_k(0.5))
+    x = jnp.array([1.0, 1000.0], jnp.bfloat16)
+
+    def step(carry, _):
+        message, state = link.update(x, carry[0])
+        return (state, carry[1] + compress.decode(message)), None
+
+    (state, sent), _ = jax.lax.scan(step, (link.init(x), jnp.zeros(2)), None, length=1000)
+    np.testing.assert_allclose(sent + state.residual, [1000, 1e6], rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [compress.error_feedback, compress.momentum_correction])
+@pytest.mark.parametrize("inner", [compress.top_k(0.5), compress.scaled_sign()], ids=["top_k", "scaled_sign"])
+def test_a_nan_is_sent_once(make, inner):
+    link = make(inner)
+    x = jnp.array([1.0, -2.0, 3.0, 0.5])
+    _, before = link.update(x, link.init(x))
+    message, after = link.update(x.at[1].set(jnp.nan), before)
+    assert not np.isfinite(compress.decode(message)).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+    assert np.isfinite(compress.decode(link.update(x, after)[0])).all()
+
+
+def test_the_servers_side_says_which_weight_it_wants():
+    server = compress.ef21_server(10.0)
+    with pytest.raises(ValueError, match="pass weight="):
+        server.update(jnp.ones(3), server.init(jnp.ones(3)))
+
+
+def test_a_chain_in_an_order_that_leaves_a_link_nothing_is_refused():
+    wrong = optax.chain(compress.quantize(8, rounding="nearest"), compress.top_k(0.1))
+    with pytest.raises(ValueError, match=r"top_k\(...\): quantize, before it, leaves no numbers to compress"):
+        wrong.update(jnp.ones(10), wrong.init(jnp.ones(10)))
+    with pytest.raises(ValueError, match="compresses nothing"):
+        nothing = compress.error_feedback(compress.over_tree(optax.identity()))
+        nothing.update(jnp.ones(10), nothing.init(jnp.ones(10)))
+
+
+def test_what_needs_more_than_its_payload_cannot_be_sent_undecoded():
+    link = optax.chain(compress.random_k(0.5), compress.undecoded())
+    with pytest.raises(ValueError, match="hold seed besides"):
+        link.update(jnp.ones(10), link.init(jnp.ones(10)), round=0)

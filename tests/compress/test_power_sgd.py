@@ -38,6 +38,23 @@ def test_a_matrix_of_that_rank_or_less_comes_back(rank):
         np.testing.assert_allclose(stepper(link)(m, link.init(m))[0], m, atol=1e-4)
 
 
+def test_a_matrix_of_low_rank_costs_the_next_none_of_theirs():
+    link = compress.power_sgd(4)
+    state, step = link.init(matrix(4)), stepper(link)
+    _, state = step(matrix(1), state)
+    got, _ = step(matrix(4, seed=1), state)
+    np.testing.assert_allclose(got, matrix(4, seed=1), atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-11, 1e11])
+def test_small_and_large_matrices_come_back_step_after_step(scale):
+    link, m = compress.power_sgd(1), scale * matrix(1)
+    state, step = link.init(m), stepper(link)
+    for _ in range(4):
+        got, state = step(m, state)
+        np.testing.assert_allclose(got / scale, m / scale, atol=1e-4)
+
+
 def numpy_power_sgd(matrices, q):
     """Algorithms 1 and 2 of the paper, in float64: what each matrix is sent as."""
     q, sent, residual = np.asarray(q, np.float64), [], np.zeros((N, M))

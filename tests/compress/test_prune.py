@@ -7,7 +7,7 @@ import pytest
 from problem import PARAMS, POPULATION
 
 from jfed import compress, local, run, sampling
-from jfed.algorithms import federated
+from jfed.algorithms import compressed_downlink, federated
 
 KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)), jnp.float32)
 KEY = jax.random.key(2)
@@ -62,23 +62,65 @@ def test_zeros_are_frozen_where_they_are_pruned():
     assert update["w"].tolist() == [[0.0, 1.0]] and update["b"].tolist() == [1.0]
 
 
-def test_federated_training_sends_the_weights_that_are_left_and_nothing_is_lost():
-    def algorithm(uplink):
-        optimizer = optax.chain(compress.frozen_zeros(), optax.sgd(0.2))
-        server = optax.chain(optax.sgd(1.0), compress.prune(0.5, every=100))
-        return federated(local.sgd(problem.loss, optimizer, batch_size=4), server=server, uplink=uplink)
+def two_layers(params, batch, key):
+    return problem.loss({"w": params["u"] @ params["w"], "b": params["b"]}, batch, key)
 
-    left_out = optax.masked(compress.threshold(0.0, capacity=0.5), compress.kernels)
-    found = []
-    for uplink in (None, left_out):
-        method = algorithm(uplink)
-        sampler = sampling.full(steps=lambda size: size)
-        pruned, _ = run.scan_rounds(algorithm(None), sampler, POPULATION, method.init(PARAMS), KEY, rounds=1)
-        state, metrics = run.scan_rounds(method, sampler, POPULATION, pruned, KEY, rounds=3, start=1)
-        assert zeros(state.params) == 0.5
-        found.append((state.params, int(metrics["traffic"].up.max())))
-    problem.close(found[1][0], found[0][0], tolerance=1e-6)
-    assert (found[0][1], found[1][1]) == (60, 6 * 4 + 2 + 3 * 4)  # values, bitmap, biases
+
+def test_federated_training_sends_the_weights_that_are_left_and_nothing_is_lost():
+    """Of layers that are pruned more and less, both ways."""
+    spread = np.random.default_rng(1).normal(size=(problem.FEATURES, problem.FEATURES))
+    deep = {"u": jnp.asarray(0.6 * spread, jnp.float32), "w": PARAMS["w"], "b": PARAMS["b"]}
+    optimizer = optax.chain(compress.frozen_zeros(), optax.sgd(0.02))
+    work = local.sgd(two_layers, optimizer, batch_size=4)
+    server = optax.chain(optax.sgd(1.0), compress.prune(0.5, every=100))
+    sampler = sampling.full(steps=work.steps)
+
+    plain = federated(work, server=server)
+    pruned, _ = run.scan_rounds(plain, sampler, POPULATION, plain.init(deep), KEY, rounds=1)
+    left = {name: int(jnp.count_nonzero(x)) for name, x in pruned.params.items()}
+    assert left["u"] + left["w"] == 14 and left["u"] not in (2, 8, 14)
+    expected, _ = run.scan_rounds(plain, sampler, POPULATION, pruned, KEY, rounds=3, start=1)
+
+    link = compress.nonzeros(pruned.params)
+    sparse = compressed_downlink(
+        federated(work, server=server, uplink=link), link, num_clients=12, whole=link, refuse=False
+    )
+    state = sparse.init(pruned.params)
+    state = state._replace(model=state.model._replace(server=pruned.server, round=pruned.round))
+    state, metrics = run.scan_rounds(sparse, sampler, POPULATION, state, KEY, rounds=3, start=1)
+    problem.close(state.model.params, expected.params, tolerance=1e-6)
+    assert {name: int(jnp.count_nonzero(x)) for name, x in state.model.params.items()} == left
+    room = 4 * (left["u"] + left["w"]) + 2 + 2 + 3 * 4  # values, two bitmaps, biases
+    assert int(metrics["traffic"].up.max()) == int(metrics["traffic"].down.max()) == room
+
+
+def test_nonzeros_of_another_tree_are_refused():
+    link = compress.nonzeros(MODEL)
+    with pytest.raises(ValueError, match="make it of the model that is sent"):
+        link.update({"w": KERNEL}, link.init(MODEL))
+
+
+@pytest.mark.parametrize(
+    ("w", "sparsity", "left"),
+    [
+        (np.ones((10, 10)), 0.9, 10),
+        (np.random.default_rng(3).integers(-2, 3, (9, 11)), 0.5, 49),
+        (np.arange(1.0, 5.0).reshape(2, 2), 0.9, 1),
+    ],
+    ids=["all equal", "many equal", "few"],
+)
+def test_equal_weights_are_told_apart_and_one_stays(w, sparsity, left):
+    link, w = compress.prune(sparsity), jnp.asarray(w, jnp.float32)
+    update, state = link.update(jnp.zeros_like(w), link.init(w), w)
+    assert int(state.kept.sum()) == left
+    gone = np.abs(np.asarray(w))[~np.asarray(state.kept)]
+    assert gone.max() <= np.abs(np.asarray(w + update))[np.asarray(state.kept)].min()
+
+
+@pytest.mark.parametrize("link", [compress.prune(0.5), compress.frozen_zeros()])
+def test_params_that_are_missing_are_asked_for(link):
+    with pytest.raises(ValueError, match="pass params"):
+        link.update(KERNEL, link.init(KERNEL))
 
 
 @pytest.mark.parametrize(

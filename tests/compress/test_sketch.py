@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from jfed import compress
+from jfed import compress, local
+from jfed.algorithms import fetchsgd
 
 
 def sent(link, x):
@@ -150,3 +151,9 @@ def test_fetch_sgd_of_tables_that_hold_everything_is_gradient_descent():
 def test_settings_out_of_range_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_a_sketch_as_large_as_the_model_is_refused():
+    work = local.gradient(lambda w, x, key: (w - x) ** 2)
+    with pytest.raises(ValueError, match="the model's 12 numbers are no more than those of the sketch; lower columns"):
+        fetchsgd(work, rows=3, columns=4, fraction=0.5).init(jnp.zeros(12))

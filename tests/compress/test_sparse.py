@@ -190,21 +190,41 @@ def energy(link, x):
 
 @pytest.mark.parametrize("tail", ["normal", "lognormal"])
 def test_a_sample_finds_nearly_the_largest(tail):
-    """Of a hundredth of 500,000 numbers, kept of the exact ones' |x|^2: 95 % at least.
+    """Of a hundredth of 500,000 numbers, kept of the exact ones' |x|^2: 90 % at least.
 
     The threshold is that of every 15th number, of which 333 exceed it, give or take 18: 5.5 %.
     """
     x = getattr(np.random.default_rng(0), tail)(size=LARGE).astype(np.float32)
     exact, _ = energy(compress.top_k(0.01), x)
     near, message = energy(compress.top_k(0.01, method="sampled"), x)
-    assert 0.95 * exact <= near <= exact * (1 + 1e-6)
+    assert 0.9 * exact <= near <= exact * (1 + 1e-6)
     assert message.payload["values"].shape == (LARGE // 100,)
+
+
+def test_a_sample_looks_at_every_column():
+    """Columns of a kernel that are dead, or large, are as many of the sample as of all."""
+    x = np.random.default_rng(2).normal(size=(8192, 128)).astype(np.float32)
+    for scale in (0.0, 10.0):
+        y = x.copy()
+        y[:, [0, 64]] *= scale
+        _, decoded = both(compress.top_k(0.01, method="sampled"), y.reshape(-1))
+        exact = np.sort(np.abs(y).reshape(-1))[-math.ceil(0.01 * y.size) :]
+        assert (np.asarray(decoded, np.float64) ** 2).sum() > 0.9 * (exact.astype(np.float64) ** 2).sum()
 
 
 def test_a_sample_of_mostly_zeros_does_not_lose_what_is_there():
     x = np.zeros(LARGE, np.float32)
     x[LARGE // 2 :: 1000] = 1.0
     assert energy(compress.top_k(0.01, method="sampled"), x)[0] == np.count_nonzero(x)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
+def test_seeds_are_whole_numbers_of_any_size(seed):
+    x = jnp.arange(1.0, 41.0)
+    for link in (compress.random_k(0.5, seed=seed), compress.rotate(seed=seed), compress.count_sketch(1, 8, seed=seed)):
+        assert np.isfinite(compress.decode(sent(link, x))).all()
+    with pytest.raises(TypeError):
+        compress.random_k(0.5, seed=0.5)
 
 
 def test_few_numbers_are_ranked_exactly_though_sampling_is_asked_for():

@@ -118,6 +118,7 @@ def test_bad_arguments_are_errors_that_say_how():
         (("jpeg", None), "pass quality=75"),
         (("jpeg", 0), "from 1 to 100"),
         (("webp", 7.5), "from 1 to 100"),
+        (("webp", 75.0), "from 1 to 100"),
     ):
         with pytest.raises(ValueError, match=message):
             image_codec(arguments[0], quality=arguments[1])
@@ -148,13 +149,24 @@ def test_damaged_files_are_refused():
         for damaged in (b"", b"no image at all", second[: len(second) // 2]):
             with pytest.raises(ValueError, match=f"file 1 is no whole {format}; pass what was encoded"):
                 codec.decode([first, damaged], images)
-        with pytest.raises(ValueError, match="holds 28 x 28 pixels, like has 14 x 14"):
+        with pytest.raises(ValueError, match="holds 28 x 28 pixels of kind (L|RGB), like has 14 x 14"):
             codec.decode([first], images[:, :14, :14])
+        for like in (images[:, 0, :, 0], np.zeros((2, 28, 28, 2))):
+            with pytest.raises(ValueError, match="pass the examples' own shape"):
+                codec.decode([first], like)
+    for format, quality in (("png", None), ("jpeg", 75)):
+        codec = image_codec(format, quality=quality)
+        with pytest.raises(ValueError, match="of kind L, like has 28 x 28 of kind RGB"):
+            codec.decode(codec.encode(images), np.zeros((2, 28, 28, 3)))
     for name, codec in TOKENS.items():
         (stream,) = codec.encode(tokens)
         for damaged, like in ((b"", tokens), (stream[:-4], tokens), (b"no stream", tokens), (stream, tokens[:, :7])):
             with pytest.raises(ValueError, match=f"no {name} stream of whole rows"):
                 codec.decode([damaged], like)
+        with pytest.raises(ValueError, match="decode each by itself"):
+            codec.decode([stream, stream], tokens)
+        with pytest.raises(ValueError, match="numbers beyond it"):
+            codec.decode(codec.encode(tokens + 300), tokens.astype(np.uint8))
 
 
 def test_upload_bytes_names_the_leaf_and_the_rows_that_are_not_there():

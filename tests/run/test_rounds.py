@@ -127,6 +127,7 @@ def test_a_run_reports_on_the_way_without_leaving_its_program():
     jax.effects_barrier()
     assert [t for t, _ in told] == [5, 8]
     np.testing.assert_allclose([row["accuracy"] for _, row in told], metrics["judged"]["accuracy"], rtol=1e-6)
+    assert all(isinstance(value, int | float) for _, row in told for value in row.values())
     assert [row["steps"] for _, row in told] == metrics["steps"][jnp.array([2, 5])].tolist()
 
 
