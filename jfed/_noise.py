@@ -32,7 +32,8 @@ def bits(words: jax.Array, shape: tuple[int, ...], *, stream: int = 0) -> jax.Ar
     """uint32 of the shape, all 32 bits random; `stream` numbers the arrays drawn from the same words."""
     salt = scramble(words + jnp.uint32(stream * _GOLDEN % 2**32))
     index = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    return scramble(scramble(index + salt[0]) ^ salt[1])
+    # Each stream counts in steps of its own (Steele, Lea and Flood 2014), so that no two are one, shifted.
+    return scramble(index * (salt[0] | 1) + salt[1])
 
 
 def uniform(words: jax.Array, shape: tuple[int, ...], *, stream: int = 0) -> jax.Array:
