@@ -95,7 +95,9 @@ FED_BACK: dict[str, Callable[[], Any]] = {
     "power_sgd_4": PLAIN["power_sgd_4"],
 }
 OTHERS = ("ef21_top_5", "dgc_top_5", "weights_top_20", "weights_top_10", "weights_top_5")
-CELLS = (*PLAIN, *(f"ef_{name}" for name in FED_BACK), *OTHERS)
+# The largest weights of the whole model, in place of its change, and of a deeper network.
+DEEP = ("deep_weights_top_20", "deep_weights_top_10", "deep_weights_top_5")
+CELLS = (*PLAIN, *(f"ef_{name}" for name in FED_BACK), *OTHERS, *DEEP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Config(experiment.Options):
     learning_rate: float = 0.1
     alpha: float = 0.5
     hidden: int = 50
+    deep: tuple[int, ...] = (200, 200)
     cells: tuple[str, ...] = CELLS
     small: bool = False  # the images that come with jfed, in place of MNIST
     download: bool = False  # fetch MNIST if it is not found
@@ -130,15 +133,18 @@ def main(config: Config) -> None:
     cells = {name: lambda name=name: trained(config, population, test, name) for name in config.cells}
     whole, results = experiment.over_cells("compression_frontier", config, cells)
 
-    dense = tree.nbytes(jax.eval_shape(the_model(config).init, jax.random.key(0)))
-    rows, summary, points = [], {"seeds": config.seeds}, {}
+    rows, summary, points, curves = [], {"seeds": config.seeds}, {}, {}
+    half = config.rounds // config.every // 2
     for name, found in results.items():
+        dense = tree.nbytes(jax.eval_shape(the_model(config, name).init, jax.random.key(0)))
         accuracy = 100 * np.array(found["accuracy"])  # [seeds, points]
-        summary |= report.spread(name, accuracy[:, -1]) | {f"{name}_bytes_up": found["bytes_up"]}
+        sent = {f"{name}_bytes_up": found["bytes_up"], f"{name}_bytes_down": found["bytes_down"]}
+        summary |= report.spread(name, accuracy[:, -1]) | sent
         rows.append(
             {
                 "": name,
                 "accuracy, %": report.mean_and_std(accuracy[:, -1]),
+                "half way": report.mean_and_std(accuracy[:, half - 1]),
                 "a message": report.human_bytes(found["message"]),
                 "of all": f"1/{dense / found['message']:.1f}",
                 "coded": report.human_bytes(found["coded"]),
@@ -146,6 +152,9 @@ def main(config: Config) -> None:
                 "estimated": f"{100 * (found['estimated'] / found['coded'] - 1):+.1f} %",
             }
         )
+        if name in DEEP:
+            curves[name] = ((1 + np.arange(accuracy.shape[1])) * config.every, accuracy.mean(0))
+            continue
         kind = "error feedback" if name.startswith(("ef", "dgc")) else "weights" if "weights" in name else "plain"
         points.setdefault(kind, {})[name.removeprefix("ef_")] = (found["message"] / 1e3, accuracy[:, -1].mean())
     plot.plot_points(
@@ -156,25 +165,34 @@ def main(config: Config) -> None:
         title="Compressed updates, MNIST, Dirichlet(.5)",
         log_x=True,
     )
+    if curves:
+        plot.plot_curves(
+            whole.folder / "collapse.png",
+            curves,
+            xlabel="round",
+            ylabel="test accuracy, %",
+            title="The largest weights sent, without error feedback",
+        )
     print(report.table(f"After {config.rounds} rounds", rows), "\n")
     print(f"picture and metrics: {whole.folder}\n")
     report.finish(whole, summary)
 
 
-def the_model(config: Config) -> models.Model:
-    """One hidden layer."""
-    return models.from_nnx(lambda rngs: MLP(784, config.hidden, 10, rngs=rngs))
+def the_model(config: Config, name: str) -> models.Model:
+    """One hidden layer, or more in a deep cell."""
+    hidden = config.deep if name in DEEP else (config.hidden,)
+    return models.from_nnx(lambda rngs: MLP(784, *hidden, 10, rngs=rngs))
 
 
 def trained(config: Config, population: core.Population, test: dict, name: str) -> dict[str, Any]:
     """A compressor's curves, and the mean size of the messages that clients sent last."""
-    model = the_model(config)
+    model = the_model(config, name)
     work = local.full_batch(models.cross_entropy(model), optax.sgd(config.learning_rate), epochs=config.epochs)
     client_map, place = experiment.over_devices(clients.lanes(1))
     sampler, judge = sampling.uniform(config.cohort, steps=work.steps), models.metrics(model)
     options = {"client_map": client_map, "num_clients": config.num_clients}
     algorithm = method(name, work, float(jnp.sum(population.size)), options)
-    curves, sizes = [], []
+    curves, sizes, totals = [], [], np.zeros(2, np.int64)
     for seed in range(config.seeds):
         start, key = jax.random.split(jax.random.key(seed))
         state, metrics = run.scan_rounds(
@@ -191,12 +209,14 @@ def trained(config: Config, population: core.Population, test: dict, name: str) 
         curves.append(np.asarray(metrics["judged"]["accuracy"]).tolist())
         messages, sent = jax.device_get(state.uplink["last"]), np.asarray(metrics["traffic"].up)
         clients_heard = np.unique(np.asarray(metrics["traffic"].ids))
+        totals += [np.asarray(x).sum(dtype=np.int64) for x in (metrics["traffic"].up, metrics["traffic"].down)]
         sizes += [of_message(tree.take(messages, i)) for i in clients_heard]
     message, coded, estimated = np.mean(sizes, axis=0)
     assert message == sent.max()
     return {
         "accuracy": curves,
-        "bytes_up": int(sent.astype(np.int64).sum()),
+        "bytes_up": int(totals[0]),
+        "bytes_down": int(totals[1]),
         "message": message,
         "coded": coded,
         "estimated": estimated,
@@ -215,9 +235,9 @@ estimate = jax.jit(lossless.estimated_nbytes)
 def method(name: str, work: core.ClientWork, total_weight: float, options: dict[str, Any]) -> core.Algorithm:
     """The method of a cell."""
     server = optax.sgd(1.0)
-    if name.startswith("weights_top_"):
-        largest = compress.top_k(int(name.removeprefix("weights_top_")) / 100)
-        uplink = of_weights(largest)
+    if "weights_top_" in name:
+        largest = compress.top_k(int(name.split("_")[-1]) / 100)
+        uplink = of_weights(compress.over_tree(largest) if name in DEEP else largest)
         options = options | {"decode": lambda sent, shared: jax.tree.map(jnp.subtract, shared.params, sent)}
     elif name == "ef21_top_5":
         uplink = compress.ef21(compress.top_k(0.05))

@@ -28,22 +28,25 @@ def words(key: jax.Array) -> jax.Array:
     return jnp.stack([data[0], data[-1]])
 
 
-def bits(words: jax.Array, shape: tuple[int, ...], *, stream: int = 0) -> jax.Array:
-    """uint32 of the shape, all 32 bits random; `stream` numbers the arrays drawn from the same words."""
+def bits(words: jax.Array, shape: tuple[int, ...], *, first: int = 0, stream: int = 0) -> jax.Array:
+    """uint32 of the shape, all 32 bits random: those of a stream from number `first` on.
+
+    `stream` numbers the arrays drawn from the same words.
+    """
     salt = scramble(words + jnp.uint32(stream * _GOLDEN % 2**32))
-    index = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    index = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape) + jnp.uint32(first)
     # Each stream counts in steps of its own (Steele, Lea and Flood 2014), so that no two are one, shifted.
     return scramble(index * (salt[0] | 1) + salt[1])
 
 
-def uniform(words: jax.Array, shape: tuple[int, ...], *, stream: int = 0) -> jax.Array:
-    """float32 of the shape, uniform in [0, 1).
+def uniform(words: jax.Array, shape: tuple[int, ...], *, first: int = 0, stream: int = 0) -> jax.Array:
+    """float32 of the shape, uniform in [0, 1), as `bits`.
 
     >>> from jfed import _noise
     >>> print(_noise.uniform(_noise.words(jax.random.key(0)), (4, 10**5)).mean(1).round(2))
     [0.5 0.5 0.5 0.5]
     """
-    return (bits(words, shape, stream=stream) >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+    return (bits(words, shape, first=first, stream=stream) >> 8).astype(jnp.float32) * jnp.float32(2**-24)
 
 
 def signs(words: jax.Array, d: int) -> jax.Array:

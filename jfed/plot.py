@@ -94,13 +94,27 @@ def plot_points(
     for i, (group, points) in enumerate((group, points) for group, points in groups.items() if points):
         x, y = np.array(list(points.values()), float).T
         axes.plot(x, y, "os^Dv"[i % 5], color=COLOURS[i % len(COLOURS)], markersize=6, label=group, zorder=3)
-        for name, (at, high) in points.items():
-            axes.annotate(name, (at, high), textcoords="offset points", xytext=(4, 4), fontsize=6, color=_GREY)
     if log_x:
         axes.set_xscale("log")
     if len(groups) > 1:
         axes.legend(frameon=False, fontsize=9)
+    _name_points(figure, axes, [(name, at) for points in groups.values() for name, at in points.items()])
     _save(figure, path)
+
+
+def _name_points(figure: Any, axes: Any, points: list[tuple[str, tuple[float, float]]]) -> None:
+    """Writes each name beside its point, where it covers no other if there is such a place."""
+    figure.canvas.draw()  # the scales are settled
+    renderer, taken = figure.canvas.get_renderer(), []
+    away = [(x, y, side) for y in (3, -8, 10, -15, 17, -22, 24, -29) for x, side in ((4, "left"), (-4, "right"))]
+    for name, at in points:
+        for x, y, side in away:
+            label = axes.annotate(name, at, textcoords="offset points", xytext=(x, y), ha=side, fontsize=6, color=_GREY)
+            box = label.get_window_extent(renderer)
+            if not any(box.overlaps(other) for other in taken) or (x, y, side) == away[-1]:
+                break
+            label.remove()
+        taken.append(box)
 
 
 def plot_distribution(

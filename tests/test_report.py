@@ -319,10 +319,20 @@ def test_distributions_are_drawn_for_what_clients_produce(tmp_path, values):
     assert size_of_png(tmp_path / "d.png") == (1152, 688)
 
 
+@pytest.mark.parametrize("log_x", [False, True])
+def test_points_are_drawn_group_by_group_and_an_empty_one_left_out(tmp_path, log_x):
+    groups = {"plain": {f"a{i}": (1.0 + i / 50, 50.0) for i in range(12)}, "none": {}, "other": {"b": (3.0, 60.0)}}
+    path = tmp_path / "points.png"
+    plot.plot_points(path, groups, xlabel="kB", ylabel="accuracy, %", title="t", log_x=log_x)
+    assert size_of_png(path) == (1152, 688)
+
+
 def test_what_cannot_be_drawn_is_refused(tmp_path):
     labels = {"xlabel": "", "ylabel": "", "title": ""}
     with pytest.raises(ValueError, match=r"curves=\{\}\): needs at least one curve"):
         plot.plot_curves(tmp_path / "c.png", {}, **labels)
+    with pytest.raises(ValueError, match="at least one point"):
+        plot.plot_points(tmp_path / "c.png", {"plain": {}}, **labels)
     with pytest.raises(ValueError, match=r"curves\['a'\]\): x has shape \(2,\), y \(3,\); give equal lengths"):
         plot.plot_curves(tmp_path / "c.png", {"a": ([1, 2], [1, 2, 3])}, **labels)
     with pytest.raises(ValueError, match="needs at least one finite value"):

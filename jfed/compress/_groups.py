@@ -1,7 +1,9 @@
 """Numbers coded in a few bits each, with statistics for a whole array, for its rows, or for blocks of it.
 
-The array's numbers are laid out in pieces: as many as can be packed without padding as [g, n, B], g codes to a
-group of bytes (`jfed.compress._pack`), and what is left over, by whole blocks [m, B] and as part of one [1, r].
+The array's numbers are laid out in pieces: as many as can be packed without padding as [g, ..., B], g codes to a
+group of bytes (`jfed.compress._pack`), and what is left over, by whole blocks [m, B] and as part of one [1, r]. Where
+nothing is left over, axes are kept: what runs over rows and columns is vectorised, what divides a number's place to
+find them is not.
 
 Letters: d numbers, B of a block, b bits.
 """
@@ -40,9 +42,9 @@ def encode(
     width: int,
     statistics: Callable[[jax.Array], Statistics],
     code: Callable[[jax.Array, Statistics, Any], jax.Array],
-    noise: Callable[[tuple[int, ...]], jax.Array] | None = None,
+    noise: Callable[..., jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
-    """An array's packed codes under `"codes"`, [bytes] uint8, and its statistics, each [groups] float32.
+    """An array's packed codes under `"codes"`, uint8, and its statistics, each [groups] float32.
 
     Args:
       x: any shape.
@@ -50,25 +52,25 @@ def encode(
       width: bits of a code.
       statistics: maps [..., B] to numbers [..., 1].
       code: `(numbers [..., B], statistics [..., 1], noise [..., B]) -> codes`, uint8 below 2^width.
-      noise: `shape -> ` uniform numbers in [0, 1); None if the code needs none.
+      noise: `(shape, first) -> ` uniform numbers in [0, 1), from number `first` on; None if the code needs none.
     """
     flat, g = x.reshape(-1).astype(jnp.float32), _pack.group(width)
-    drawn = None if noise is None else noise(flat.shape)
     whole = statistics(flat[None]) if per is None else None
     codes, found = [], []
-    for first, shape in _pieces(x.size, size(x, per), per, g):
-        here = slice(first, first + math.prod(shape))
-        y = flat[here].reshape(shape)
+    for first, shape in _pieces(x.shape, per, g):
+        y = flat[first : first + math.prod(shape)].reshape(shape)
         s = statistics(y) if whole is None else {name: v.reshape((1,) * y.ndim) for name, v in whole.items()}
         found.append(s)
-        codes.append(code(y, s, None if drawn is None else drawn[here].reshape(shape)))
+        codes.append(code(y, s, None if noise is None else noise(shape, first=first)))
     packed = []
-    if codes[0].ndim == 3:
-        packed.append(_pack.pack_rows(list(codes.pop(0)), width).reshape(-1))
+    if codes[0].ndim > 2:
+        packed.append(_pack.pack_rows(list(codes.pop(0)), width))
     if codes:
         packed.append(_pack.pack(_joined(codes), width))
     stats = whole if whole is not None else {n: _joined([f[n] for f in found]) for n in found[0]}
-    return {"codes": _joined(packed)} | {name: s.reshape(-1) for name, s in stats.items()}
+    # As one vector, the bytes of several rows would be computed number by number.
+    together = packed[0] if len(packed) == 1 and math.prod(packed[0].shape[:-1]) > 1 else _joined(packed)
+    return {"codes": together} | {name: s.reshape(-1) for name, s in stats.items()}
 
 
 def decode(
@@ -80,12 +82,10 @@ def decode(
     width: int,
 ) -> jax.Array:
     """The array again; `value` maps codes [..., B] and statistics [..., 1] to float32."""
-    d, g = math.prod(shape), _pack.group(width)
-    codes = coded["codes"]
+    g, codes = _pack.group(width), coded["codes"].reshape(-1)
     stats = {name: s for name, s in coded.items() if name != "codes"}
-    like = jax.ShapeDtypeStruct(shape, jnp.float32)
     parts, begun = [], 0  # numbers, groups taken so far
-    pieces = _pieces(d, size(like, per), per, g)
+    pieces = _pieces(shape, per, g)
 
     def of(groups):
         nonlocal begun
@@ -94,37 +94,45 @@ def decode(
         first, begun = begun, begun + math.prod(groups)
         return {name: s[first:begun].reshape(*groups, 1) for name, s in stats.items()}
 
-    if len(pieces[0][1]) == 3:
-        _, (_, n, b) = pieces.pop(0)
-        nbytes = _pack.nbytes(g * n * b, width)
-        rows = _pack.unpack_rows(codes[:nbytes].reshape(-1, n, b), width)
-        codes = codes[nbytes:]
-        parts += [value(row, of((n,))).reshape(-1) for row in rows]
-    if pieces:
-        left = sum(math.prod(shape) for _, shape in pieces)
-        flat, first = _pack.unpack(codes, width, left), 0
-        for _, piece in pieces:
-            here = flat[first : first + math.prod(piece)].reshape(piece)
-            parts.append(value(here, of(piece[:-1])).reshape(-1))
-            first += math.prod(piece)
+    if len(pieces[0][1]) > 2:
+        _, main = pieces.pop(0)
+        axes = (g * width // 8, *main[1:])
+        nbytes = math.prod(axes)
+        here = coded["codes"].reshape(axes) if not pieces else codes[:nbytes].reshape(axes)
+        rows = [value(row, of(main[1:-1])) for row in _pack.unpack_rows(here, width)]
+        if not pieces:
+            return jnp.stack(rows).reshape(shape).astype(dtype)
+        codes, parts = codes[nbytes:], [row.reshape(-1) for row in rows]
+    left = sum(math.prod(piece) for _, piece in pieces)
+    flat, first = _pack.unpack(codes, width, left), 0
+    for _, piece in pieces:
+        here = flat[first : first + math.prod(piece)].reshape(piece)
+        parts.append(value(here, of(piece[:-1])).reshape(-1))
+        first += math.prod(piece)
     return _joined(parts).reshape(shape).astype(dtype)
 
 
 def packed(x: Any, per: Per, width: int, levels: int = 0) -> tuple[tuple[str, _pack.Codes]]:
     """What a `Decoder` says of the codes that `encode` makes."""
-    shape = _pieces(math.prod(x.shape), size(x, per), per, _pack.group(width))[0][1]
-    return (("codes", _pack.Codes(width, math.prod(shape) if len(shape) == 3 else 0, math.prod(x.shape), levels)),)
+    shape = _pieces(x.shape, per, _pack.group(width))[0][1]
+    return (("codes", _pack.Codes(width, math.prod(shape) if len(shape) > 2 else 0, math.prod(x.shape), levels)),)
 
 
-def _pieces(d: int, b: int, per: Per, g: int) -> list[tuple[int, tuple[int, ...]]]:
-    """First number and shape of each piece."""
-    if per is None:
+def _pieces(shape: tuple[int, ...], per: Per, g: int) -> list[tuple[int, tuple[int, ...]]]:
+    """First number and shape of each piece; those of more than two axes are packed without padding."""
+    d, rows, length = math.prod(shape), math.prod(shape[:-1]), shape[-1] if shape else 1
+    b = size(jax.ShapeDtypeStruct(shape, jnp.float32), per)
+    if rows % g == 0 and per is None:
+        pieces = [(0, (g, rows // g, length))]
+    elif rows % g == 0 and length % b == 0:
+        pieces = [(0, (g, rows // g, length // b, b))]
+    elif per is None:
         main = d // g
         pieces = [(0, (g, 1, main)), (g * main, (1, d - g * main))]
     else:
         n, m = d // (g * b), d // b % g
         pieces = [(0, (g, n, b)), (g * n * b, (m, b)), ((g * n + m) * b, (1, d % b))]
-    return [(first, shape) for first, shape in pieces if math.prod(shape)]
+    return [(first, piece) for first, piece in pieces if math.prod(piece)]
 
 
 def _joined(parts: list[jax.Array]) -> jax.Array:

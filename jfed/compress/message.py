@@ -49,7 +49,7 @@ class Encoded:
 class Source(NamedTuple):
     """What an operator draws from besides the array."""
 
-    noise: Callable[[tuple[int, ...]], jax.Array]  # shape -> uniform numbers in [0, 1), the sender's own
+    noise: Callable[..., jax.Array]  # (shape, first=0) -> uniform numbers in [0, 1), the sender's own, from `first` on
     own: jax.Array | None  # [2] uint32, words to draw from that the sender alone has; another stream than the noise
     shared: jax.Array | None  # [2] uint32, words all senders of a round have alike
 

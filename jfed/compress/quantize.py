@@ -75,7 +75,7 @@ def quantize(
     def code(y, s, noise):
         per_step = 1 / jnp.maximum(s["step"], _TINY)
         if noise is None:
-            level = jnp.round(y * per_step) + s["zero"]
+            level = jnp.floor(y * per_step + 0.5) + s["zero"]
         else:
             level = jnp.floor((y - s["low"]) * per_step + noise)
         return jnp.clip(level, 0, top).astype(jnp.uint8)
@@ -219,9 +219,9 @@ def _signed_levels(name, levels, statistics, per, omega):
     width = math.ceil(math.log2(2 * levels + 1))
 
     def code(y, s, noise):
-        level = jnp.abs(y) * (levels / jnp.maximum(s["norm"], _TINY))
-        level = jnp.minimum(jnp.floor(level + noise), levels)
-        return (jnp.where(y < 0, -level, level) + levels).astype(jnp.uint8)
+        # Below 0 as above it: the level further from 0 is taken with the probability of what is left over.
+        level = jnp.floor(y * (levels / jnp.maximum(s["norm"], _TINY)) + noise)
+        return jnp.clip(level + levels, 0, 2 * levels).astype(jnp.uint8)
 
     def encode(x: jax.Array, source: Source) -> Encoded:
         coded = _groups.encode(x, per, width, statistics, code, source.noise)
