@@ -1,6 +1,6 @@
 """Cheap uniform numbers: a few integer operations each, fused into whatever uses them.
 
-Threefry, jax's generator, takes longer on a CPU than all else that a compressor does to a number. Here number i
+Threefry, jax's generator, takes many more on a CPU than all else that a compressor does to a number. Here number i
 of a stream is a hash of i and of the key's words, as `jfed.shuffle` has them for the order of examples.
 """
 

@@ -100,15 +100,17 @@ def decode(
         nbytes = math.prod(axes)
         here = coded["codes"].reshape(axes) if not pieces else codes[:nbytes].reshape(axes)
         rows = [value(row, of(main[1:-1])) for row in _pack.unpack_rows(here, width)]
-        if not pieces:
+        if not pieces and g <= 2:
             return jnp.stack(rows).reshape(shape).astype(dtype)
+        # Of bytes that hold more, XLA would compute each anew for every number in it, where it has just encoded them.
         codes, parts = codes[nbytes:], [row.reshape(-1) for row in rows]
-    left = sum(math.prod(piece) for _, piece in pieces)
-    flat, first = _pack.unpack(codes, width, left), 0
-    for _, piece in pieces:
-        here = flat[first : first + math.prod(piece)].reshape(piece)
-        parts.append(value(here, of(piece[:-1])).reshape(-1))
-        first += math.prod(piece)
+    if pieces:
+        left = sum(math.prod(piece) for _, piece in pieces)
+        flat, first = _pack.unpack(codes, width, left), 0
+        for _, piece in pieces:
+            here = flat[first : first + math.prod(piece)].reshape(piece)
+            parts.append(value(here, of(piece[:-1])).reshape(-1))
+            first += math.prod(piece)
     return _joined(parts).reshape(shape).astype(dtype)
 
 
@@ -122,7 +124,7 @@ def _pieces(shape: tuple[int, ...], per: Per, g: int) -> list[tuple[int, tuple[i
     """First number and shape of each piece; those of more than two axes are packed without padding."""
     d, rows, length = math.prod(shape), math.prod(shape[:-1]), shape[-1] if shape else 1
     b = size(jax.ShapeDtypeStruct(shape, jnp.float32), per)
-    if rows % g == 0 and per is None:
+    if rows % g == 0 and (per is None or length == b):
         pieces = [(0, (g, rows // g, length))]
     elif rows % g == 0 and length % b == 0:
         pieces = [(0, (g, rows // g, length // b, b))]

@@ -120,7 +120,16 @@ def _median(payload, rest, shape, dtype, seed):
         signs, turns = _hashes(d, columns, row, seed)
         return jax.vmap(lambda turn: jnp.roll(table[row], -turn))(turns).reshape(-1)[:d] * signs
 
-    return jnp.median(jnp.stack([estimate(i) for i in range(table.shape[0])]), axis=0).reshape(shape).astype(dtype)
+    return _middle([estimate(i) for i in range(table.shape[0])]).reshape(shape).astype(dtype)
+
+
+def _middle(rows: list[jax.Array]) -> jax.Array:
+    """The median of few arrays, number by number: they are sorted by exchanging neighbours, whole arrays at a time."""
+    rows, n = list(rows), len(rows)
+    for turn in range(n):
+        for j in range(turn % 2, n - 1, 2):
+            rows[j], rows[j + 1] = jnp.minimum(rows[j], rows[j + 1]), jnp.maximum(rows[j], rows[j + 1])
+    return (rows[(n - 1) // 2] + rows[n // 2]) / 2
 
 
 def _hashes(d: int, columns: int, row: int, seed: int) -> tuple[jax.Array, jax.Array]:
