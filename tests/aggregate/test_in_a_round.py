@@ -13,6 +13,8 @@ from jfed.aggregate import attacked, bucketing, centred_clipping, geometric_medi
 from jfed.algorithms import fedavg, federated
 from jfed.clients import sharded, vectorised
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 WORK = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4, epochs=2)
 IDS = [3, 0, 12, 5, 1, 12, 7, 11, 2]  # 12 is an empty slot
 KEY = jax.random.key(7)

@@ -13,6 +13,8 @@ from problem import close
 from jfed import aggregate
 from jfed.aggregate.coordinates import network
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 
 def combined(agg, x, weights=None, state=None):
     x = jnp.asarray(x, jnp.float32)

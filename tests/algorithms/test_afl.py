@@ -12,6 +12,8 @@ from jfed.algorithms import afl, fedsgd
 from jfed.algorithms.afl import project
 from jfed.core import make_cohort
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 KEY = jax.random.key(3)
 
 

@@ -9,6 +9,8 @@ from problem import PARAMS, POPULATION, cohort_of
 from jfed import _streams, local, run, sampling
 from jfed.algorithms import Kind, fedavg, feddf, fedmd, local_only
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 KEY = jax.random.key(3)
 PUBLIC = jnp.asarray(np.random.default_rng(5).normal(size=(16, problem.FEATURES)), jnp.float32)
 

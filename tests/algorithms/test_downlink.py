@@ -9,6 +9,8 @@ from problem import PARAMS, POPULATION, cohort_of
 from jfed import compress, local, run, sampling, tree
 from jfed.algorithms import compressed_downlink, fedavg, fedbuff, federated, fedper, ifca
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 WORK = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4)
 KEY = jax.random.key(3)
 DENSE = tree.nbytes(PARAMS)

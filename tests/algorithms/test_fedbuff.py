@@ -11,6 +11,8 @@ from problem import PARAMS, POPULATION, cohort_of
 from jfed import _streams, local, run, sampling
 from jfed.algorithms import fedasync, fedavg, fedbuff
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 KEY = jax.random.key(3)
 WORK = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4, epochs=2)
 

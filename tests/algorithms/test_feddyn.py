@@ -10,6 +10,8 @@ from problem import PARAMS, cohort_of
 from jfed import local
 from jfed.algorithms import fedavg, feddyn
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 KEY = jax.random.key(3)
 
 

@@ -12,6 +12,8 @@ from jfed.algorithms import fedavg, fednova
 from jfed.algorithms._work import measured
 from jfed.core import Shared
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 KEY = jax.random.key(3)
 
 

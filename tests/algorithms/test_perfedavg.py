@@ -11,6 +11,8 @@ from jfed.algorithms import fedavg, perfedavg, perfedavg_fo, perfedavg_hf
 from jfed.clients import vectorised
 from jfed.core import Population, make_cohort
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 KEY, ALPHA, BETA = jax.random.key(3), 0.3, 0.1
 ONE_BATCH = local.sgd(problem.loss, optax.sgd(BETA), batch_size=12)  # all of a client: D = D' = D''
 

@@ -11,6 +11,8 @@ from problem import PARAMS, cohort_of
 from jfed import local
 from jfed.algorithms import apfl, ditto, fedavg, local_only, pfedme
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 KEY = jax.random.key(3)
 IDS = [3, 0, 5]
 WORK = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4, epochs=2)

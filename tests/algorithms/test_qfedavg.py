@@ -11,6 +11,8 @@ from jfed import local
 from jfed.algorithms import fedavg, qfedavg
 from jfed.core import make_cohort
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 KEY = jax.random.key(3)
 WORK = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4, epochs=2)
 

@@ -10,6 +10,8 @@ from problem import PARAMS, cohort_of
 from jfed import local
 from jfed.algorithms import fedavg, scaffold
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 KEY = jax.random.key(3)
 WORK = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4, epochs=2)
 

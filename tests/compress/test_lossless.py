@@ -15,6 +15,8 @@ import pytest
 from jfed import compress, tree
 from jfed.compress import _codes, _entropy, _pack, lossless
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 COMPRESSORS = {
     "top_k": compress.top_k(0.1),
     "top_k bitmap": compress.top_k(0.4),

@@ -15,6 +15,8 @@ from jfed import compress, mesh
 from jfed.compress import collectives
 from jfed.compress.one_bit_adam import one_bit_adam
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 WORKERS = 4
 
 

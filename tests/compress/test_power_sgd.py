@@ -11,6 +11,8 @@ import pytest
 
 from jfed import compress
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 N, M = 20, 13  # rows and columns of most matrices
 
 

@@ -9,6 +9,8 @@ from problem import PARAMS, POPULATION
 from jfed import compress, local, run, sampling
 from jfed.algorithms import compressed_downlink, federated
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)), jnp.float32)
 KEY = jax.random.key(2)
 MODEL = {"w": KERNEL, "b": jnp.array([0.0, 0.001, 5.0])}

@@ -11,6 +11,8 @@ import pytest
 
 from jfed import compress
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 WIDTHS = pytest.mark.parametrize("bits", range(1, 9))
 DRAWS = 20000
 KEYS = jax.random.split(jax.random.key(0), DRAWS)

@@ -12,6 +12,8 @@ import scipy.linalg
 
 from jfed import compress
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 
 def sent(link, x, round=0, key=None):
     return link.update(x, link.init(x), round=round, key=key)[0]

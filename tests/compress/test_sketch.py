@@ -11,6 +11,8 @@ import pytest
 from jfed import compress, local
 from jfed.algorithms import fetchsgd
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 
 def sent(link, x):
     return link.update(x, link.init(x))[0]

@@ -10,6 +10,8 @@ import pytest
 
 from jfed import compress
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 
 def sent(link, x, round=0):
     return link.update(x, link.init(x), round=round)[0]

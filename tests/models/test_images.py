@@ -8,6 +8,8 @@ import pytest
 
 from jfed import models
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 
 def test_logistic_regression_is_an_affine_map_of_the_flattened_input():
     model = models.logistic_regression(12, 5)

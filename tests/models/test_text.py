@@ -8,6 +8,8 @@ import pytest
 from jfed import models
 from jfed.models.recurrent import gru_cell, lookup, lstm_cell, recur
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 CAUSAL = {
     "char_lstm": models.char_lstm(7, embedding=3, hidden=4),
     "char_gru": models.char_gru(7, embedding=3, hidden=4, layers=2),

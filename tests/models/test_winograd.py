@@ -7,6 +7,8 @@ import pytest
 
 from jfed.models import conv2d, winograd
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
+
 
 def direct(x, kernel):
     """The convolution and nothing else, in float64."""
