@@ -5,22 +5,22 @@ the bytes of both ways fall with them, zeros being left out and a bit for each n
 
 | zeros | accuracy, % | a message | of all | coded |
 |-------|-------------|-----------|--------|-------|
-| 0 %   | 83.6 ± 0.9  | 796.8 kB  |      1 | 796.8 |
-| 50 %  | 83.8 ± 0.9  | 424.2 kB  |  1/1.9 | 390.0 |
-| 80 %  | 83.3 ± 1.0  | 185.6 kB  |  1/4.3 | 130.7 |
-| 90 %  | 82.7 ± 1.0  | 106.1 kB  |  1/7.5 |  47.9 |
-| 95 %  | 80.8 ± 1.2  |  63.3 kB  | 1/12.6 |  19.2 |
-| 98 %  | 78.8 ± 1.6  |  26.4 kB  | 1/30.2 |   9.2 |
+| 0 %   | 83.6 ± 0.8  | 796.8 kB  |      1 | 796.8 |
+| 50 %  | 83.9 ± 0.9  | 424.1 kB  |  1/1.9 | 424.1 |
+| 80 %  | 83.3 ± 0.9  | 185.5 kB  |  1/4.3 | 176.9 |
+| 90 %  | 82.5 ± 0.9  |  99.1 kB  |  1/8.0 |  90.5 |
+| 95 %  | 80.7 ± 1.0  |  50.1 kB  | 1/15.9 |  46.8 |
+| 98 %  | 78.6 ± 1.3  |  24.3 kB  | 1/32.8 |  20.4 |
 
 Test accuracy after 150 rounds, mean and deviation of three seeds; a client's message once the mask stays, from round
-100 on; "coded", in kB, is the model's own, without zeros, after lossless coding.
+100 on, and as much to it; "coded", in kB, is the last model's own after lossless coding. Nothing is lost on the way.
 
 Source: Zhu and Gupta 2017 (arXiv:1710.01878) for the schedule; that the zeros of a pruned model are compressed away,
 lecture notes on decentralised learning.
 
 Command: python experiments/pruning.py
 Expected: the table above.
-Time: ten minutes on two CPU cores, beside other work.
+Time: six minutes on two CPU cores, beside other work.
 """
 
 import dataclasses

@@ -104,13 +104,13 @@ def plot_points(
 
 def _name_points(figure: Any, axes: Any, points: list[tuple[str, tuple[float, float]]]) -> None:
     """Writes each name beside its point, where it covers no other if there is such a place."""
-    figure.canvas.draw()  # the scales are settled
-    renderer, taken = figure.canvas.get_renderer(), []
+    figure.draw_without_rendering()  # the scales are settled
+    taken: list[Any] = []
     away = [(x, y, side) for y in (3, -8, 10, -15, 17, -22, 24, -29) for x, side in ((4, "left"), (-4, "right"))]
     for name, at in points:
         for x, y, side in away:
             label = axes.annotate(name, at, textcoords="offset points", xytext=(x, y), ha=side, fontsize=6, color=_GREY)
-            box = label.get_window_extent(renderer)
+            box = label.get_window_extent()
             if not any(box.overlaps(other) for other in taken) or (x, y, side) == away[-1]:
                 break
             label.remove()
