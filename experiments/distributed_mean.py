@@ -6,21 +6,21 @@ is ahead of every grid of that size.
 
 |                              | bits | d = 128 | d = 8192 | d = 524288 |
 |------------------------------|------|---------|----------|------------|
-| DRIVE                        |    1 | .0552   | .0568    | .0570      |
-| rotation, quantize(1)        |    1 | .5265   | 1.3642   | 2.1738     |
+| DRIVE                        |    1 | .0509   | .0571    | .0571      |
+| rotation, quantize(1)        |    1 | .4709   | 1.3340   | 2.1367     |
 | scaled signs                 |    1 | .0566   | .0639    | .0633      |
-| quantize(1)                  |    1 | .1943   | 1.0168   | 2.4352     |
+| quantize(1)                  |    1 | .2102   | 1.0039   | 2.4420     |
 | sparse ternary, 10 %         |  1.1 | .1757   | .1668    | .1678      |
-| EDEN                         |    2 | .0117   | .0132    | .0133      |
-| rotation, quantize(2)        |    2 | .0461   | .1110    | .1827      |
-| quantize(2) in blocks of 128 |  2.5 | .0441   | .0474    | .0478      |
-| TernGrad                     |    2 | .2082   | 1.0300   | 2.4488     |
-| EDEN                         |    4 | .0009   | .0010    | .0010      |
-| rotation, quantize(4)        |    4 | .0018   | .0044    | .0068      |
-| quantize(4) in blocks of 128 |  4.5 | .0027   | .0028    | .0027      |
-| quantize(4)                  |    4 | .0027   | .0270    | .0957      |
-| qsgd(7)                      |    4 | .0407   | .6901    | 6.1937     |
-| natural                      |    9 | .0091   | .0081    | .0082      |
+| EDEN                         |    2 | .0115   | .0133    | .0133      |
+| rotation, quantize(2)        |    2 | .0434   | .1100    | .1789      |
+| quantize(2) in blocks of 128 |  2.5 | .0441   | .0472    | .0477      |
+| TernGrad                     |    2 | .2172   | 1.0214   | 2.4562     |
+| EDEN                         |    4 | .0010   | .0009    | .0010      |
+| rotation, quantize(4)        |    4 | .0016   | .0043    | .0066      |
+| quantize(4) in blocks of 128 |  4.5 | .0022   | .0027    | .0027      |
+| quantize(4)                  |    4 | .0022   | .0262    | .0957      |
+| qsgd(7)                      |    4 | .0359   | .6799    | 6.1778     |
+| natural                      |    9 | .0078   | .0082    | .0082      |
 
 |est - mean|^2 over the mean of |x_i|^2, for ten clients with log-normal(0, 1) vectors, mean of five draws. Scales and
 seeds add up to a bit a number at d = 128, as the script's own table says. Scaled signs are nearly as good as DRIVE here
