@@ -452,6 +452,8 @@ def main() -> None:
         options.size, options.turns, options.seconds = 20_000, 2, 0.0
         options.only = options.only or list(SMOKE)
         options.parts = [part for part in options.parts if part != "peers"]
+        if not options.parts:
+            parser.error("--smoke --parts peers: peers need environments of their own; leave --smoke out")
     if len(options.parts) > 1:
         for part in options.parts:
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--parts", part], check=True)

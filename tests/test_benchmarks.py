@@ -33,3 +33,9 @@ def test_devices_and_processes_end_at_one_loss():
     *_, one, two, two_processes = smoke("scaling.py").splitlines()
     assert one.split()[-1] == two.split()[-1] == two_processes.split()[-1]
     assert float(one.split()[-1]) > 0
+
+
+@pytest.mark.slow
+def test_compressors_are_measured():
+    shown = smoke("compressors.py", "--parts", "top_k", "operators")
+    assert "exact / lax.top_k" in shown and "error_feedback(scaled_sign)" in shown and "copy / both" in shown

@@ -48,7 +48,7 @@ def encode(message: Tree, *, levels: Literal["entropy", "elias"] = "entropy") ->
       message: what a compressor made of one update, with or without `Encoded` nodes; not batched by `vmap`, of which
         positions and packed codes would be written as they are.
       levels: how those of `qsgd` and `terngrad` are written. `"elias"` is QSGD's own code: gaps between those that are
-        not 0, signs and levels in Elias' omega code. `"entropy"` is shorter.
+        not 0, signs and levels in Elias' omega code. `"entropy"` is shorter from some dozens of bytes on.
 
     Returns:
       The bytes.
