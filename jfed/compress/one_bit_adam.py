@@ -59,7 +59,8 @@ def one_bit_adam(
       * A number whose gradient was 0 all through the warm-up stays where it is: one bit has no 0 to send for it, and
         with v = 0 its step would have no bound. DeepSpeed asks for a mask of such numbers.
 
-    On the wire: 32 d bits a step at first, as any all-reduce; then those of `two_shot`, with signs 2 (n - 1) (c + 32) bits.
+    On the wire: 32 d bits a step at first, as any all-reduce; then those of `two_shot`, with signs
+    2 (n - 1) (c + 32) bits.
 
     Args:
       learning_rate: a number, or a schedule of optax.
