@@ -4,6 +4,8 @@
     clients     how the work of one client runs for a whole cohort
     local       what one client does in a round
     compress    fewer bytes for an update
+    collectives sums over devices, and what they cost
+    parallel    training over devices
     aggregate   one message out of many, some of them malicious
     algorithms  the methods
     sampling    who takes part in a round
@@ -28,6 +30,7 @@ _MODULES = (
     "availability",
     "checkpoint",
     "clients",
+    "collectives",
     "compress",
     "core",
     "data",
@@ -37,6 +40,7 @@ _MODULES = (
     "local",
     "mesh",
     "models",
+    "parallel",
     "plot",
     "report",
     "run",

@@ -8,13 +8,13 @@
     power_sgd  count_sketch  fetch_sgd            low rank, sketches
     prune  cubic  frozen_zeros  nonzeros          weights that become zero, stay so and are not sent
     error_feedback  ef21  ef21_server  momentum_correction  one_bit_adam
-    collectives  lossless                         all-reduces that move the packed bytes; the host's last step
+    lossless                                      the host's last step
     over_tree  decode  decoded  undecoded  nbytes the model as one vector; what a message stands for and weighs
 
 Links are chained: `optax.chain(top_k(0.01), quantize(4))` quantizes what was kept.
 """
 
-from jfed.compress import collectives, lossless
+from jfed.compress import lossless
 from jfed.compress.count_sketch import FetchState, count_sketch, fetch_sgd
 from jfed.compress.feedback import (
     EF21State,
@@ -56,7 +56,6 @@ __all__ = [
     "OneBitAdamState",
     "PruneState",
     "Source",
-    "collectives",
     "count_sketch",
     "cubic",
     "decode",

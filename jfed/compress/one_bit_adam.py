@@ -4,7 +4,7 @@ Adam is not linear in the gradient, so error feedback cannot make up for compres
 changes after a while: it is measured without compression at first, and then frozen. What is left is momentum, which is
 linear, and is compressed with error feedback twice, by each worker and as the mean of all.
 
-There is no server: as in `collectives.two_shot`, every worker is the server of one chunk of the model.
+There is no server: as in a two-shot all-reduce, every worker is the server of one chunk of the model.
 
 Letters of the paper: m the momentum, v the variance, delta a compression error. n workers, d numbers of the model,
 c = ceil(d / n) of a chunk.
@@ -19,7 +19,8 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from jfed import _validate
-from jfed.compress._wire import added, cut, differing, exchange, gather, hop_key, hop_round, own_key, uncut
+from jfed._axis import cut, differing, uncut
+from jfed.compress._wire import added, exchange, gather, hop_key, hop_round, own_key
 from jfed.compress.feedback import FeedbackState, error_feedback
 from jfed.compress.message import decode
 from jfed.compress.sign import scaled_sign

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jfed import compress, mesh
-from jfed.compress import collectives
+from jfed._axis import uncut
 from jfed.compress.one_bit_adam import one_bit_adam
 
 pytestmark = pytest.mark.slow  # one version of JAX is enough for a paper's mathematics
@@ -95,7 +95,7 @@ def test_both_errors_telescope():
     mu = flat(jax.tree.map(lambda m: m[:, 0], states.mu))
     wanted = b1 * mu[warmup - 1 : -1] + (1 - b1) * flat(jax.tree.map(lambda g: g.mean(1), g))[warmup:]
     not_sent = states.worker.residual[-1].mean(0) + states.server.residual[-1]  # chunk by chunk: worker i serves i
-    not_sent = collectives.uncut(not_sent, 23)
+    not_sent = uncut(not_sent, 23)
     np.testing.assert_allclose(mu[warmup:].sum(0) + not_sent, wanted.sum(0), rtol=1e-4, atol=1e-5)
     assert jnp.abs(states.server.residual[-1]).max() > 1e-3 and jnp.abs(states.worker.residual[-1]).max() > 1e-3
 

@@ -7,6 +7,7 @@ does, the same bits on all devices; the caller divides. The text runs in `shard_
     gathered    everybody gets everybody's message                           one error, few devices
     two_shot    each device adds up one chunk, and sends the sum compressed  two errors
     ring        a chunk's sum grows on the way from device to device         n errors, neighbours only
+    in_halves   the same along any reduce-scatter and all-gather             an error a hop
     summed      linear messages are added up undecoded                       one error, any number of devices
 
 A `key` is the same on all devices, which fold in their index; hops of a chunk draw anew, also from `round`.
@@ -24,7 +25,9 @@ import numpy as np
 import optax
 from jax import lax
 
-from jfed.compress._wire import added, cut, differing, exchange, gather, hop_key, hop_round, moved, own_key, uncut
+from jfed._axis import cut, permute, uncut
+from jfed.collectives.ring import ring_all_gather, ring_reduce_scatter
+from jfed.compress._wire import added, exchange, gather, hop_key, hop_round, moved, own_key
 from jfed.compress.message import decode, is_encoded, nodes
 from jfed.core import Tree
 
@@ -99,16 +102,51 @@ def two_shot(compressor: optax.GradientTransformation) -> AllReduce:
     return _over_vector(sum_vector)
 
 
+def in_halves(compressor: optax.GradientTransformation, reduce_scatter: Callable, all_gather: Callable) -> AllReduce:
+    """A reduce-scatter that encodes sums anew at every hop, and an all-gather of one message of each chunk's total.
+
+    Chunks are those of `two_shot`. With `halving_reduce_scatter` and `doubling_all_gather` there are log2 n + 1 errors.
+
+    Guarantees:
+      * Each encoding adds its error to the sum it is of: unbiased if the compressor is, with (1 + omega)^h - 1 for
+        omega after h encodings, so take one of small error.
+      * Leaves of integers are added up exactly, uncompressed.
+
+    On the wire: 2 (n - 1) b(d / n) bytes a device on a ring; with halving the first messages are of half the vector.
+
+    Args:
+      compressor: as in `gathered`.
+      reduce_scatter: such as `ring_reduce_scatter`, called with `send=`.
+      all_gather: such as `ring_all_gather`.
+
+    Raises:
+      ValueError: as `gathered`.
+    """
+    encode = _encoder("in_halves", compressor)
+
+    def sum_vector(x, axis_name, key, round):
+        n = lax.axis_size(axis_name)
+
+        def message_of(total, hop):
+            return encode(total, hop_key(key, hop), hop_round(round, hop))
+
+        def send(total, axis_name, pairs, hop):
+            return decode(moved(lambda y: permute(y, axis_name, pairs), message_of(total, hop), axis_name))
+
+        message = message_of(reduce_scatter(cut(x, n), axis_name, send=send), n - 1)
+        return uncut(jax.vmap(decode)(moved(lambda y: all_gather(y, axis_name), message, axis_name)), x.size)
+
+    return _over_vector(sum_vector)
+
+
 def ring(compressor: optax.GradientTransformation) -> AllReduce:
     """The quantized ring: chunks pass from device to device, each adds its own and encodes the sum anew.
 
-    After n - 1 hops a chunk is summed; its message then goes round once more, the same bytes to all. Chunks are those
-    of `two_shot`.
+    After n - 1 hops a chunk is summed; its message then goes round once more, the same bytes to all.
 
     Guarantees:
-      * Each of n encodings adds its error to the next: unbiased if the compressor is, with (1 + omega)^n - 1 for
-        omega, so take one of small error. It is then (n + 1) / 4 that of `two_shot` if vectors are independent.
-      * Leaves of integers are added up exactly, uncompressed.
+      * Those of `in_halves`, with n encodings; the error is then (n + 1) / 4 that of `two_shot` if vectors are
+        independent.
 
     On the wire: 2 (n - 1) b(d / n) bytes a device, each hop to the next neighbour only.
 
@@ -118,36 +156,7 @@ def ring(compressor: optax.GradientTransformation) -> AllReduce:
     Raises:
       ValueError: as `gathered`.
     """
-    encode = _encoder("ring", compressor)
-
-    def sum_vector(x, axis_name, key, round):
-        n, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
-        chunks = cut(x, n)
-
-        def own(hop):
-            return chunks[(me - hop - 1) % n]
-
-        def passed_on(message):
-            return moved(lambda y: lax.ppermute(y, axis_name, [(i, (i + 1) % n) for i in range(n)]), message, axis_name)
-
-        def add(total, hop):
-            message = passed_on(encode(total, hop_key(key, hop), hop_round(round, hop)))
-            return decode(message) + own(hop + 1), None
-
-        def forward(message, _):
-            message = passed_on(message)
-            return message, message
-
-        total, _ = lax.scan(add, own(0), jnp.arange(n - 1))
-        message = encode(total, hop_key(key, n - 1), hop_round(round, n - 1))
-        message = differing(message, axis_name)
-        _, others = lax.scan(forward, message, length=n - 1)
-        # Every device must decode the same bytes in the same place, for the same bits: first those of chunk 0.
-        latest = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), message, others)
-        in_order = jax.tree.map(lambda y: y[(me - jnp.arange(n)) % n], latest)
-        return uncut(jax.vmap(decode)(in_order), x.size)
-
-    return _over_vector(sum_vector)
+    return in_halves(compressor, ring_reduce_scatter, ring_all_gather)
 
 
 def summed(compressor: optax.GradientTransformation) -> AllReduce:

@@ -1,0 +1,52 @@
+"""All-reduces made of messages from device to device, what each costs in theory, and what it costs in fact.
+
+Every one is called as `ring_all_reduce(x, axis_name)` and gives what `lax.psum(x, axis_name)` does, so training takes
+it as an argument. One text runs under `shard_map` on devices of any number of processes, and under
+`vmap(axis_name=)` on one device. Gradients pass through: that of a sum over devices is again one.
+
+    ring  direct  servers  butterfly  tree  grid    algorithms
+    compressed                                       all-reduces that send messages of `jfed.compress`
+    cost  count                                      bytes, rounds and time: by theory, and in a traced program
+    lint                                             what goes wrong in programs of many devices
+
+Letters: n devices, d numbers, k bytes of the vector.
+"""
+
+from jfed.collectives import compressed
+from jfed.collectives.butterfly import (
+    doubling_all_gather,
+    doubling_all_reduce,
+    halving_doubling_all_reduce,
+    halving_reduce_scatter,
+)
+from jfed.collectives.direct import direct_all_gather, direct_reduce_scatter, one_shot_all_reduce, two_shot_all_reduce
+from jfed.collectives.grid import hierarchical_all_reduce, torus_all_reduce
+from jfed.collectives.ring import bidirectional_ring_all_reduce, ring_all_gather, ring_all_reduce, ring_reduce_scatter
+from jfed.collectives.servers import (
+    dedicated_servers_all_reduce,
+    parameter_server_all_reduce,
+    sharded_servers_all_reduce,
+)
+from jfed.collectives.tree import tree_all_reduce
+
+__all__ = [
+    "bidirectional_ring_all_reduce",
+    "compressed",
+    "dedicated_servers_all_reduce",
+    "direct_all_gather",
+    "direct_reduce_scatter",
+    "doubling_all_gather",
+    "doubling_all_reduce",
+    "halving_doubling_all_reduce",
+    "halving_reduce_scatter",
+    "hierarchical_all_reduce",
+    "one_shot_all_reduce",
+    "parameter_server_all_reduce",
+    "ring_all_gather",
+    "ring_all_reduce",
+    "ring_reduce_scatter",
+    "sharded_servers_all_reduce",
+    "torus_all_reduce",
+    "tree_all_reduce",
+    "two_shot_all_reduce",
+]

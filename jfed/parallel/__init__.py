@@ -1,0 +1,1 @@
+"""Training over devices: data-parallel, with sharded optimizers, seldom synchronised, or asynchronous."""

@@ -1,0 +1,186 @@
+"""What every all-reduce is held to."""
+
+import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reduces
+from jax import lax
+from reduces import ALL, in_one, on_devices, options_for, trees
+
+from jfed import collectives
+from jfed.collectives import cost
+
+HERE = Path(__file__).parents[1]
+every = pytest.mark.parametrize("name", ALL)
+DEDICATED = collectives.dedicated_servers_all_reduce
+
+
+def assert_sums(found, x, n):
+    """All n devices hold the sums of the leaves of `x`, the same bits."""
+    for name, leaf in x.items():
+        dtype = jnp.int32 if leaf.dtype == bool else leaf.dtype
+        assert (found[name].dtype, found[name].shape) == (dtype, leaf.shape), name
+        got = np.asarray(found[name].astype(jnp.float32) if name == "half" else found[name])
+        np.testing.assert_array_equal(got, np.broadcast_to(got[:1], got.shape), err_msg=name)
+        if jnp.issubdtype(dtype, jnp.integer):
+            expected = np.asarray(leaf).sum(0, dtype=np.dtype(dtype))
+            np.testing.assert_array_equal(got[0], expected, err_msg=name)
+        else:
+            digits = 3e-2 if name == "half" else 1e-6
+            np.testing.assert_allclose(got[0], np.asarray(leaf, np.float32).sum(0), atol=digits * n, err_msg=name)
+
+
+@every
+@pytest.mark.parametrize("n", [2, 3, 6, 8])
+def test_it_is_the_sum_on_devices(name, n):
+    x = trees(n)
+    assert_sums(on_devices(lambda x: options_for(name, n)(x, "devices"), n)(x), x, n)
+
+
+@every
+@pytest.mark.parametrize("n", [1, 4, 5, 7])
+def test_it_is_the_sum_in_one_device(name, n):
+    x = trees(n, seed=n)
+    f = (
+        functools.partial(collectives.sharded_servers_all_reduce, servers=1)
+        if (name, n) == ("two servers", 1)
+        else None
+    )
+    assert_sums(in_one(lambda x: (f or options_for(name, n))(x, "devices"))(x), x, n)
+
+
+@every
+def test_devices_with_types_checked_and_one_device_give_the_same_bits(name):
+    x, f = trees(6), lambda x: options_for(name, 6)(x, "devices")
+    for a, b in zip(*(jax.tree.leaves(run(x)) for run in (on_devices(f, 6, check_vma=True), in_one(f))), strict=True):
+        np.testing.assert_array_equal(np.asarray(a.astype(jnp.float32)), np.asarray(b.astype(jnp.float32)))
+
+
+@every
+def test_a_gradient_of_it_is_that_of_psum(name):
+    """Each device has a loss of its own of the sum; integers have none."""
+    n, x = 6, {k: v for k, v in trees(6).items() if k in ("matrix", "one", "half")}
+
+    def gradient(all_reduce):
+        def loss(x):
+            mine = 1.0 + lax.axis_index("devices")
+            return sum(
+                jnp.sum(jnp.sin(mine * s.astype(jnp.float32) / n)) for s in jax.tree.leaves(all_reduce(x, "devices"))
+            )
+
+        return jax.grad(loss)
+
+    expected = in_one(gradient(lax.psum))(x)
+    for found in (on_devices(gradient(options_for(name, n)), n)(x), in_one(gradient(options_for(name, n)))(x)):
+        for leaf, share in (("matrix", 1e-5), ("one", 1e-5), ("half", 0.05)):
+            a, b = (np.asarray(tree[leaf], np.float32) for tree in (found, expected))
+            assert 0 < np.linalg.norm(b) and np.linalg.norm(a - b) < share * np.linalg.norm(b), leaf
+
+
+@every
+def test_what_all_devices_hold_alike_is_summed_too(name):
+    total = in_one(lambda i: options_for(name, 6)(jnp.arange(5.0), "devices") + i)(jnp.zeros(6))
+    np.testing.assert_array_equal(total, np.broadcast_to(6 * np.arange(5.0), (6, 5)))
+
+
+def test_servers_without_data_sum_what_workers_hold():
+    x = trees(7)
+    for servers in (1, 2, 3):
+        for run in (
+            on_devices(lambda x, s=servers: DEDICATED(x, "devices", servers=s), 7),
+            in_one(lambda x, s=servers: DEDICATED(x, "devices", servers=s)),
+        ):
+            found = run(x)
+            working = {k: v[: 7 - servers] for k, v in x.items()}
+            assert_sums({k: v[: 7 - servers] for k, v in found.items()}, working, 7)
+            assert not any(np.any(np.asarray(v[7 - servers :], np.float32)) for v in found.values())
+
+
+HALVES = {
+    "ring": (collectives.ring_reduce_scatter, collectives.ring_all_gather),
+    "direct": (collectives.direct_reduce_scatter, collectives.direct_all_gather),
+    "butterfly": (collectives.halving_reduce_scatter, collectives.doubling_all_gather),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_halves_are_those_of_lax(name):
+    n, (scatter, gather) = 8 if name == "butterfly" else 6, HALVES[name]
+    x = {"a": jnp.asarray(np.random.default_rng(0).integers(0, 99, (n, n, 3, 2))), "b": jnp.ones((n, n))}
+    for run in (functools.partial(on_devices, n=n), in_one):
+        shares = run(lambda x: scatter(x, "devices"))(x)
+        jax.tree.map(lambda s, x: np.testing.assert_array_equal(s, np.asarray(x).sum(0)), shares, x)
+        wholes = run(lambda x: gather(x, "devices"))(x)
+        jax.tree.map(lambda w, x: np.testing.assert_array_equal(w, np.broadcast_to(x, (n, *x.shape))), wholes, x)
+
+
+def test_two_axes_of_a_mesh_are_taken_as_one():
+    from jax.sharding import PartitionSpec
+
+    from jfed import mesh
+
+    devices, x = mesh.make((2, 3), ("hosts", "chips")), jnp.arange(6.0)
+    spec = PartitionSpec(("hosts", "chips"))
+    for name in ("ring", "hierarchical", "torus", "halving and doubling"):
+        f = mesh.shard_map(mesh=devices, in_specs=spec, out_specs=spec)(lambda x, f=ALL[name]: f(x, ("hosts", "chips")))
+        np.testing.assert_array_equal(jax.jit(f)(x), np.full(6, 15.0))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x: collectives.hierarchical_all_reduce(x, "devices", group=4),
+            r"group=4\): the axis has 6 .*one of \[1",
+        ),
+        (lambda x: collectives.torus_all_reduce(x, "devices", rows=0), r"rows=0\): the axis has 6"),
+        (lambda x: collectives.sharded_servers_all_reduce(x, "devices", servers=7), "take at most 6"),
+        (lambda x: DEDICATED(x, "devices", servers=4), "of 6 devices as many must be workers; take at most 3"),
+        (lambda x: DEDICATED(x, "devices", servers=0), "servers must be a whole number of at least 1"),
+        (lambda x: collectives.halving_reduce_scatter(x[None], "devices"), "no power of two; use the ring"),
+        (lambda x: collectives.doubling_all_gather(x, "devices"), "no power of two"),
+        (lambda x: collectives.ring_reduce_scatter(x, "devices"), r"leaf of shape \(3,\).*as many rows"),
+        (lambda x: collectives.direct_reduce_scatter(x, "devices"), "as many rows"),
+    ],
+)
+def test_what_does_not_fit_the_axis_is_said_before_anything_compiles(call, message):
+    with pytest.raises(ValueError, match=message):
+        jax.vmap(call, axis_name="devices")(jnp.ones((6, 3)))
+
+
+def test_every_all_reduce_is_in_the_battery_and_has_a_theory():
+    public = {getattr(collectives, name) for name in collectives.__all__ if name.endswith("_all_reduce")}
+    assert public == set(cost.THEORY) == {*ALL.values(), DEDICATED}
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bits_of_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    command = [sys.executable, str(HERE / "reduces.py"), port]
+    together = [
+        subprocess.Popen(
+            [*command, str(i), str(tmp_path / "sums.npz")], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0].decode() for process in together]
+    assert [process.returncode for process in together] == [0, 0], "\n".join(outputs)
+    found = np.load(tmp_path / "sums.npz")
+    one = in_one(lambda x: {name: options_for(name, 4)(x, "devices") for name in ALL})(trees(4))
+    for name, sums in one.items():
+        for leaf, x in sums.items():
+            np.testing.assert_array_equal(
+                found[f"{name} {leaf}"][0], np.asarray(x.astype(jnp.float32) if leaf == "half" else x)[0]
+            )
+    assert len(found) == len(ALL) * len(reduces.trees(4))
