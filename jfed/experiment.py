@@ -4,6 +4,7 @@ out/config.json  out/summary.json            the experiment: means over seeds
 out/seed_0/ ...                              one run folder a seed (`jfed.report`)
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -65,6 +66,9 @@ def cli(main: Callable[[Any], None], options: type[Options], *, smoke: dict[str,
     except (ValueError, OSError) as error:
         if os.environ.get("JFED_TRACEBACK"):
             raise
+        if isinstance(error, ConnectionError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # on the way out JAX would wait for the process that is gone
         sys.exit(f"error: {error}")
 
 
@@ -241,6 +245,7 @@ def record(
     Raises:
       ValueError: if the run's last checkpoint is damaged or belongs to another run, or `streaming` is given
         for a population on the device.
+      ConnectionError: if another process of the run is gone.
     """
     if streaming and not isinstance(population, Source):
         raise ValueError(
@@ -268,7 +273,7 @@ def record(
     runs = stream if isinstance(population, Source) else iterate
     moments = runs(algorithm, sampler, population, state, key, **how)
     began = time.monotonic() - row["seconds"]
-    with report.progress(rounds, description, start=start, writer=run.writer) as advance:
+    with _peers(run), report.progress(rounds, description, start=start, writer=run.writer) as advance:
         for moment in moments:
             done = moment.round - row["round"]
             if "traffic" in moment.metrics:
@@ -288,6 +293,21 @@ def record(
             shown = {name: row[name] for name in ("loss", "accuracy", "dropped") if row.get(name)}
             advance(done, **shown)
             yield row, algorithm.params(moment.state)
+
+
+@contextlib.contextmanager
+def _peers(run: report.Run) -> Iterator[None]:
+    """Says of an error that it is another process's end, and what helps."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if not mesh.lost_process(error):
+            raise
+        done = checkpoint.latest(run.checkpoints)
+        raise ConnectionError(
+            f"record({run.folder}): another process of this run is gone, seen by process {jax.process_index()}; "
+            f"start all of them again with --resume, from round {done or 0}."
+        ) from error
 
 
 def _open(name: str, options: Options, left_out: tuple[str, ...]) -> tuple[report.Run, dict[str, Any], bool]:

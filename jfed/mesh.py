@@ -102,6 +102,19 @@ def shard_map(*, mesh: Mesh, in_specs, out_specs) -> Callable[[Callable], Callab
     return lambda f: jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
+def lost_process(error: BaseException) -> bool:
+    """Whether an error of a computation says that another process of the program is gone.
+
+    JAX before 0.10 ends the process itself, with a message of its own, if the lost one was the first.
+    """
+    signs = ("Connection reset", "onnection closed", "Broken pipe", "Socket closed", "Gloo", "NCCL", "UNAVAILABLE")
+    return (
+        jax.process_count() > 1
+        and isinstance(error, RuntimeError | ValueError)
+        and any(sign in str(error) for sign in signs)
+    )
+
+
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """Copies of every leaf on all devices of a mesh, also when other processes hold some of them.
 
