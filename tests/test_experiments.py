@@ -21,6 +21,7 @@ COMPARISONS = [
     "adaptive_servers",
     "async_vs_sync",
     "compression_frontier",
+    "data_parallel_costs",
     "distributed_mean",
     "fairness_qfedavg",
     "fedprox_stragglers",
@@ -30,6 +31,7 @@ COMPARISONS = [
     "quantization_bits",
     "robust_aggregation",
     "scaffold_similarity",
+    "sync_vs_async",
 ]
 
 

@@ -6,13 +6,14 @@ it as an argument. One text runs under `shard_map` on devices of any number of p
 
     ring  direct  servers  butterfly  tree  grid    algorithms
     compressed                                       all-reduces that send messages of `jfed.compress`
-    cost  count                                      bytes, rounds and time: by theory, and in a traced program
+    cost  count                                      bytes and rounds: by theory, and in a program
+    network                                          bytes by link and seconds, on a network that is described
     lint                                             what goes wrong in programs of many devices
 
 Letters: n devices, d numbers, k bytes of the vector.
 """
 
-from jfed.collectives import compressed
+from jfed.collectives import compressed, cost, count, lint, network
 from jfed.collectives.butterfly import (
     doubling_all_gather,
     doubling_all_reduce,
@@ -32,6 +33,8 @@ from jfed.collectives.tree import tree_all_reduce
 __all__ = [
     "bidirectional_ring_all_reduce",
     "compressed",
+    "cost",
+    "count",
     "dedicated_servers_all_reduce",
     "direct_all_gather",
     "direct_reduce_scatter",
@@ -40,6 +43,8 @@ __all__ = [
     "halving_doubling_all_reduce",
     "halving_reduce_scatter",
     "hierarchical_all_reduce",
+    "lint",
+    "network",
     "one_shot_all_reduce",
     "parameter_server_all_reduce",
     "ring_all_gather",

@@ -41,7 +41,7 @@ class Ring(NamedTuple):
 
 
 def plainly(x: jax.Array, axis_name: Axis, pairs, hop) -> jax.Array:
-    """Sends a sum under way as it is."""
+    """Sends what is under way as it is."""
     del hop
     return permute(x, axis_name, pairs)
 
@@ -67,7 +67,9 @@ def scattered(
     return lax.scan(hop, totals, jnp.arange(ring.size - 1), unroll=unroll)[0]
 
 
-def gathered(chunks: Sequence[Tree], axis_name: Axis, ring: Ring, *, unroll: bool = False) -> list[Tree]:
+def gathered(
+    chunks: Sequence[Tree], axis_name: Axis, ring: Ring, *, send: Send = plainly, unroll: bool = False
+) -> list[Tree]:
     """All-gather on a ring of one or two trees, leaves [...] to [size, ...], the second the other way round."""
     place = ring.place(axis_name)
 
@@ -77,7 +79,7 @@ def gathered(chunks: Sequence[Tree], axis_name: Axis, ring: Ring, *, unroll: boo
     def hop(carry, number):
         latest, wholes = carry
         came = [
-            jax.tree.map(lambda x, i=i: permute(x, axis_name, ring.neighbours(_ways(i))), part)
+            jax.tree.map(lambda x, i=i: send(x, axis_name, ring.neighbours(_ways(i)), number), part)
             for i, part in enumerate(latest)
         ]
         sender = [(place - _ways(i) * (number + 1)) % ring.size for i in range(len(came))]
@@ -116,7 +118,7 @@ def ring_reduce_scatter(x: Tree, axis_name: Axis, *, send: Send = plainly) -> Tr
     return joined(one, vary(x, axis_name), lead=1)
 
 
-def ring_all_gather(x: Tree, axis_name: Axis) -> Tree:
+def ring_all_gather(x: Tree, axis_name: Axis, *, send: Send = plainly) -> Tree:
     """Everybody gets what everybody has: `lax.all_gather`, by n - 1 hops to the next device.
 
     Sent by a device: (n - 1) times its bytes.
@@ -124,6 +126,7 @@ def ring_all_gather(x: Tree, axis_name: Axis) -> Tree:
     Args:
       x: leaves [...].
       axis_name: of the n devices.
+      send: how a part under way travels, such as one that also records what it sends.
 
     Returns:
       Leaves [n, ...], the same on all devices.
@@ -133,7 +136,11 @@ def ring_all_gather(x: Tree, axis_name: Axis) -> Tree:
            [1, 2]], dtype=int32)
     """
     n = lax.axis_size(axis_name)
-    return joined(lambda v: gathered([v], axis_name, whole_ring(n))[0] if n > 1 else v[None], vary(x, axis_name))
+
+    def one(part):
+        return gathered([part], axis_name, whole_ring(n), send=send)[0] if n > 1 else part[None]
+
+    return joined(one, vary(x, axis_name))
 
 
 def ring_all_reduce(x: Tree, axis_name: Axis) -> Tree:
