@@ -92,10 +92,10 @@ def dealt(where: str, workers: Workers, batch: Tree, parts: int, what: str) -> T
 
 
 class Mean(NamedTuple):
-    """How workers average a tree."""
+    """How workers average a tree, and with it a number, their loss."""
 
     init: Callable  # tree -> state of one worker
-    update: Callable  # (tree, state, key, round) -> (mean over workers, state)
+    update: Callable  # (tree, number, state, key, round) -> (mean tree, mean number, state)
 
 
 def mean(
@@ -115,9 +115,14 @@ def mean(
             )
         draws = "key" in _parameters(all_reduce)
 
-        def update_fn(tree, state, key, round):
-            total = all_reduce(tree, workers.axis_name, **({"key": key, "round": round} if draws else {}))
-            return jax.tree.map(lambda t: (t / workers.count).astype(t.dtype), total), state
+        def over_all(x):
+            return jax.tree.map(lambda t: (t / workers.count).astype(t.dtype), x)
+
+        def update_fn(tree, number, state, key, round):
+            if draws:  # a code of both would bear the scale of the loss
+                total = all_reduce(tree, workers.axis_name, key=key, round=round)
+                return over_all(total), lax.pmean(number, workers.axis_name), state
+            return *over_all(all_reduce((tree, number), workers.axis_name)), state
 
         return Mean(lambda tree: (), update_fn)
     if all_reduce is not None:
@@ -130,9 +135,10 @@ def mean(
         )
     link = optax.with_extra_args_support(optax.chain(uplink, compressed.averaged(workers.axis_name)))
 
-    def update_fn(tree, state, key, round):
+    def update_fn(tree, number, state, key, round):
         own = jax.random.fold_in(key, lax.axis_index(workers.axis_name))
-        return link.update(tree, state, key=own, round=round)
+        mean, state = link.update(tree, state, key=own, round=round)
+        return mean, lax.pmean(number, workers.axis_name), state
 
     return Mean(link.init, update_fn)
 

@@ -85,8 +85,7 @@ def data_parallel(
     def step(params, state, link, parts, key, count):
         own_key = jax.random.fold_in(key, lax.axis_index(team.axis_name))
         value, gradient = accumulated(one, params)(params, parts, own_key)
-        gradient, link = mean.update(gradient, link, key, count)
-        value = lax.pmean(value, team.axis_name)
+        gradient, value, link = mean.update(gradient, value, link, key, count)
         updates, state = optimizer.update(gradient, state, params, value=value)
         return optax.apply_updates(params, updates), state, link, value
 

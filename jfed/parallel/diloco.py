@@ -120,8 +120,7 @@ def _seldom(where, loss, inner, outer, workers, steps, all_reduce, uplink) -> Al
 
         (local, state), values = lax.scan(one_step, (params, state), (jnp.arange(steps), parts))
         change = jax.tree.map(jnp.subtract, params, local)
-        change, link = mean.update(change, link, key, count)
-        value = lax.pmean(jnp.mean(values), team.axis_name)
+        change, value, link = mean.update(change, jnp.mean(values), link, key, count)
         updates, outer_state = outer.update(change, outer_state, params, value=value)
         return optax.apply_updates(params, updates), outer_state, state, link, value
 
