@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-def smoke(script, *arguments):
-    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+def smoke(script, *arguments, **env):
+    env |= {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS", *env)}
     command = [sys.executable, FOLDER / script, "--smoke", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert run.returncode == 0, run.stderr
@@ -39,3 +40,19 @@ def test_devices_and_processes_end_at_one_loss():
 def test_compressors_are_measured():
     shown = smoke("compressors.py", "--parts", "top_k", "operators")
     assert "exact / lax.top_k" in shown and "error_feedback(scaled_sign)" in shown and "copy / both" in shown
+
+
+@pytest.mark.slow
+def test_collectives_are_counted_and_timed_on_devices_and_processes():
+    shown = smoke("collectives.py", "--parts", "theory", "time")
+    assert shown.count(" equal") == 12 and "differs" not in shown
+    assert "2 virtual devices" in shown and "2 processes of one device" in shown
+
+
+def test_the_tpu_compiler_accepts_all_collectives_and_sends_asynchronously():
+    pytest.importorskip("libtpu")
+    shown = smoke("collectives.py", "--parts", "tpu", JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    rows = [re.split(r"\s{2,}", line.strip()) for line in shown.splitlines()]
+    found = {row[0]: (int(row[1]), int(row[2])) for row in rows if len(row) > 4 and row[1].isdigit()}
+    assert found.pop("psum") == found.pop("data_parallel step, psum") == (0, 0)
+    assert len(found) == 11 + 2 and all(0 < sent == apart for sent, apart in found.values()), found

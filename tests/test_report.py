@@ -327,6 +327,15 @@ def test_points_are_drawn_group_by_group_and_an_empty_one_left_out(tmp_path, log
     assert size_of_png(path) == (1152, 688)
 
 
+@pytest.mark.parametrize(("steps", "across", "down"), [(2, 2, 1), (5, 4, 2)])
+def test_chunks_are_drawn_step_by_step_at_most_four_in_a_line(tmp_path, steps, across, down):
+    held = plot.Chunks([[1, 3, 0], [1, 1, 2]], [["0", "012", ""], ["1", "1", "12"]], [(0, 1, 2), (1, 0, 1)])
+    phases = {"reduce-scatter": {f"hop {i}": held for i in range(steps)}, "all-gather": {"start": held}}
+    plot.plot_chunks(tmp_path / "new" / "chunks.png", phases, title="t")
+    high, wide = size_of_png(tmp_path / "new" / "chunks.png")[::-1]
+    assert (high, wide) == (int(160 * ((down + 1) * (0.56 * 2 + 0.8) + 1.1)), int(160 * (across * 2.18 + 0.4)))
+
+
 def test_what_cannot_be_drawn_is_refused(tmp_path):
     labels = {"xlabel": "", "ylabel": "", "title": ""}
     with pytest.raises(ValueError, match=r"curves=\{\}\): needs at least one curve"):
@@ -337,6 +346,10 @@ def test_what_cannot_be_drawn_is_refused(tmp_path):
         plot.plot_curves(tmp_path / "c.png", {"a": ([1, 2], [1, 2, 3])}, **labels)
     with pytest.raises(ValueError, match="needs at least one finite value"):
         plot.plot_distribution(tmp_path / "d.png", [np.nan], xlabel="", title="")
+    with pytest.raises(ValueError, match=r"phases=\{\}\): needs at least one step"):
+        plot.plot_chunks(tmp_path / "e.png", {}, title="")
+    with pytest.raises(ValueError, match=r"'ring: hop 1'\): counts and words have shapes \(1, 2\) and \(1, 1\)"):
+        plot.plot_chunks(tmp_path / "e.png", {"ring": {"hop 1": plot.Chunks([[1, 1]], [["0"]], [])}}, title="")
 
 
 def test_pictures_leave_the_global_state_of_matplotlib_alone(tmp_path):

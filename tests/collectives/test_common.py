@@ -45,6 +45,7 @@ def test_it_is_the_sum_on_devices(name, n):
     assert_sums(on_devices(lambda x: options_for(name, n)(x, "devices"), n)(x), x, n)
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("n", [1, 4, 5, 7])
 def test_it_is_the_sum_in_one_device(name, n):

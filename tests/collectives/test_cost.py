@@ -10,6 +10,7 @@ import pytest
 from jfed import collectives
 from jfed.collectives import cost, count, network
 
+pytestmark = pytest.mark.slow  # one version of JAX is enough for arithmetic
 every = pytest.mark.parametrize("all_reduce", cost.THEORY, ids=lambda f: f.__name__.removesuffix("_all_reduce"))
 
 

@@ -83,6 +83,7 @@ def test_lockstep_with_a_full_buffer_is_synchronous_data_parallel_descent():
     assert not metrics["staleness"].any() and int(state.server.steps) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay, limit", [(0, 2), (1, 1), (2, 0.618034), (4, 0.347296), (8, 0.184537), (16, 0.095164)])
 def test_equal_workers_meet_the_stability_limit_of_delayed_descent(delay, limit):
     h, steps = 4.0, 3200

@@ -22,6 +22,7 @@ from jfed.parallel.asynchronous import asynchronous, recorded
 from jfed.parallel.corrections import delay_compensation
 from jfed.parallel.parameter_server import serve, work
 
+pytestmark = pytest.mark.slow  # of JAX it uses what the engine does
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import served  # noqa: E402
