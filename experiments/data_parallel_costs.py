@@ -4,18 +4,36 @@ Claim: all exact ways train the same model, so they differ in bytes, rounds and 
 k n (n - 1) in all, a parameter server takes k n in and out, s of them k n / s each, a ring 2 k (n - 1) / n at each
 worker, and what programs send is equal to that to the byte.
 
-TABLE
+| 8 workers                      | sent / k | in all / k | rounds | on a switch | in two hosts | accuracy, % |
+|--------------------------------|----------|------------|--------|-------------|--------------|-------------|
+| one worker                     |        0 |          0 |      0 |        0 ms |         0 ms |        82.3 |
+| everyone to everyone           |        7 |         56 |      1 |     4.51 ms |     10.25 ms |        82.3 |
+| parameter server, works too    |        7 |         14 |      2 |     9.02 ms |      5.20 ms |        82.3 |
+| two servers, work too          |        4 |         14 |      2 |     4.56 ms |      5.20 ms |        82.3 |
+| as many servers as workers     |     1.75 |         14 |      2 |     1.22 ms |      2.65 ms |        82.3 |
+| ring, one way or both          |     1.75 |         14 |     14 |     1.82 ms |      1.82 ms |        82.3 |
+| halving and doubling           |     1.75 |         14 |      6 |     1.42 ms |      2.66 ms |        82.3 |
+| doubling                       |        3 |         24 |      3 |     2.06 ms |      2.61 ms |        82.2 |
+| tree                           |        3 |         14 |      6 |     4.12 ms |      1.39 ms |        82.2 |
+| hierarchical, groups of 4      |     1.75 |         14 |      8 |     1.52 ms |      0.75 ms |        82.3 |
+| torus, 2 x 4                   |     1.75 |         14 |      8 |     1.52 ms |      1.80 ms |        82.2 |
+| a server besides               |        8 |         16 |      2 |    10.30 ms |              |             |
+| four servers besides           |        2 |         16 |      2 |     2.65 ms |      7.75 ms |             |
+| ring, 8 bits                   |     .438 |       3.50 |     14 |     0.98 ms |      0.98 ms |        82.1 |
+| ring, 4 bits                   |     .219 |       1.75 |     14 |     0.84 ms |      0.84 ms |        82.1 |
+| top 1 % at 4 bits, feedback    |     .048 |       0.38 |      1 |             |              |        83.5 |
 
 k is the model's gradient. Sent is by the busiest device, which is a server in the rows of servers. Seconds are the
 alpha-beta model's: on a switch with 10 Gbit/s and 50 us to each device, and in two hosts with 300 GB/s and 2 us inside,
-10 Gbit/s and 50 us from host to host. Accuracies are of 8 simulated workers.
+10 Gbit/s and 50 us from host to host. Accuracies are of 8 simulated workers that train the 2NN of 199,210 parameters on
+10,000 images of Fashion-MNIST for 400 steps of 128, mean of three seeds.
 
 Source: the volumes are those of Patarasuk and Yuan 2009 (J. Parallel Distrib. Comput. 69, pp. 117-124), Thakur et al.
 2005 (Int. J. High Perform. Comput. Appl. 19(1), pp. 49-66) and Li et al. 2014 (OSDI).
 
-Command: python experiments/data_parallel_costs.py
+Command: python experiments/data_parallel_costs.py --seeds 3
 Expected: the table above.
-Time: TIME
+Time: six minutes on two CPU cores, beside other work.
 """
 
 import dataclasses
@@ -68,7 +86,7 @@ class Config(experiment.Options):
     ways: tuple[str, ...] = ("one_worker", *EXACT, *APART, *COMPRESSED)
 
 
-SMOKE = {"steps": 8, "batch_size": 32, "ways": ("one_worker", "ring", "four_servers_apart", "top_1_percent_feedback")}
+SMOKE = {"steps": 8, "batch_size": 32, "ways": ("ring", "four_servers_apart", "top_1_percent_feedback")}
 
 
 def main(config: Config) -> None:

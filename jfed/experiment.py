@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,17 @@ def cli(main: Callable[[Any], None], options: type[Options], *, smoke: dict[str,
     try:
         main(chosen)
     except (ValueError, OSError) as error:
+        alone = not jax.distributed.is_initialized()
         if os.environ.get("JFED_TRACEBACK"):
-            raise
-        if isinstance(error, ConnectionError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            os._exit(1)  # on the way out JAX would wait for the process that is gone
-        sys.exit(f"error: {error}")
+            if alone:
+                raise
+            traceback.print_exc()
+        elif alone:
+            sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # on the way out JAX would wait for the others, of whom one may be gone
 
 
 def over_devices(client_map: ClientMap) -> tuple[ClientMap, Callable[[Tree], Tree]]:
@@ -301,12 +307,12 @@ def _peers(run: report.Run) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        if not mesh.lost_process(error):
+        if jax.process_count() == 1 or not mesh.lost_process(error):
             raise
         done = checkpoint.latest(run.checkpoints)
         raise ConnectionError(
-            f"record({run.folder}): another process of this run is gone, seen by process {jax.process_index()}; "
-            f"start all of them again with --resume, from round {done or 0}."
+            f"record({run.folder}): another process of this run is gone, says process {jax.process_index()} "
+            f"({str(error).splitlines()[0]}); start all of them again with --resume, from round {done or 0}."
         ) from error
 
 

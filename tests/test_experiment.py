@@ -221,3 +221,23 @@ def test_an_experiment_tells_how_evenly_its_model_serves_the_clients(tmp_path, c
     shown = capsys.readouterr().out
     assert all(line in shown for line in ("mean of clients", "70.0 %", "worst 10 % of clients", "51.1 %"))
     assert "best 10 % of clients" in shown and f"{np.nanvar(100 * accuracies):.1f}" in shown
+
+
+def test_a_lost_process_is_named_with_what_resumes_the_run(tmp_path, monkeypatch):
+    broken = "INTERNAL: Gloo collective permute failed: Read error [127.0.0.1]:29877: Connection reset by peer"
+
+    def fails(state, cohort, key):
+        raise RuntimeError(broken)
+
+    def run_it(folder):
+        opened = report.open_run(folder, {})
+        for _ in experiment.record(opened, METHOD._replace(round=fails), SAMPLER, POPULATION, PARAMS, KEY, rounds=2):
+            pass
+
+    with pytest.raises(RuntimeError, match="Gloo"):  # alone, it is what it is
+        run_it(tmp_path / "alone")
+    monkeypatch.setattr(experiment.jax, "process_count", lambda: 2)
+    with pytest.raises(
+        ConnectionError, match="another process of this run is gone.*reset by peer.*--resume, from round 0"
+    ):
+        run_it(tmp_path / "two")

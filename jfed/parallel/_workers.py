@@ -95,7 +95,18 @@ class Mean(NamedTuple):
     """How workers average a tree, and with it a number, their loss."""
 
     init: Callable  # tree -> state of one worker
-    update: Callable  # (tree, number, state, key, round) -> (mean tree, mean number, state)
+    update: Callable  # (tree, number, state, params, key, round) -> (mean tree, mean number, state)
+
+
+def optimizer_of(where: str, name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    """An optax optimizer, which may take extra arguments.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise ValueError(f"{where}({name}={optimizer!r}): give an optax optimizer, such as optax.adam(1e-3).")
+    return optax.with_extra_args_support(optimizer)
 
 
 def mean(
@@ -113,14 +124,15 @@ def mean(
                 f"{where}(all_reduce={all_reduce!r}): give a function (x, axis_name) such as jax.lax.psum or "
                 "jfed.collectives.ring_all_reduce."
             )
-        draws = "key" in _parameters(all_reduce)
+        told = _parameters(all_reduce) & {"key", "round"}
 
         def over_all(x):
             return jax.tree.map(lambda t: (t / workers.count).astype(t.dtype), x)
 
-        def update_fn(tree, number, state, key, round):
-            if draws:  # a code of both would bear the scale of the loss
-                total = all_reduce(tree, workers.axis_name, key=key, round=round)
+        def update_fn(tree, number, state, params, key, round):
+            if told:  # compressed; a code of both would bear the scale of the loss
+                options = {name: value for name, value in (("key", key), ("round", round)) if name in told}
+                total = all_reduce(tree, workers.axis_name, **options)
                 return over_all(total), lax.pmean(number, workers.axis_name), state
             return *over_all(all_reduce((tree, number), workers.axis_name)), state
 
@@ -135,9 +147,9 @@ def mean(
         )
     link = optax.with_extra_args_support(optax.chain(uplink, compressed.averaged(workers.axis_name)))
 
-    def update_fn(tree, number, state, key, round):
+    def update_fn(tree, number, state, params, key, round):
         own = jax.random.fold_in(key, lax.axis_index(workers.axis_name))
-        mean, state = link.update(tree, state, key=own, round=round)
+        mean, state = link.update(tree, state, params, key=own, round=round)
         return mean, lax.pmean(number, workers.axis_name), state
 
     return Mean(link.init, update_fn)
@@ -147,16 +159,22 @@ def loss_and_gradient(where: str, loss: Callable) -> Callable:
     """`(params, batch, key) -> (mean loss, gradient)` of a loss of single examples, [B], or of a mean, []."""
 
     def mean_loss(params, batch, key):
-        values = loss(params, batch, key)
-        length = jax.tree.leaves(batch)[0].shape[0]
-        if jnp.shape(values) not in ((), (length,)):
+        values = jnp.asarray(loss(params, batch, key))
+        length = next((jnp.shape(x)[:1] for x in jax.tree.leaves(batch)), ())
+        if values.shape not in ((), length):
             raise ValueError(
-                f"{where}: the loss returned shape {jnp.shape(values)} for a batch of {length}; it must return one "
-                "value an example, or their mean."
+                f"{where}: the loss returned shape {values.shape} for a batch with leading axis {length}; it must "
+                "return one value an example, or their mean."
             )
-        return jnp.mean(values.astype(jnp.float32))
+        return jnp.mean(values.astype(wide(values.dtype)))
 
     return jax.value_and_grad(mean_loss)
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype to add up numbers of `dtype` in: float32 for what is smaller."""
+    small = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
+    return jnp.float32 if small or not jnp.issubdtype(dtype, jnp.inexact) else dtype
 
 
 def placed(workers: Workers, tree: Tree) -> Tree:
@@ -167,7 +185,10 @@ def placed(workers: Workers, tree: Tree) -> Tree:
 
 
 def _parameters(f: Any) -> frozenset[str]:
+    """Names that a function can be told; `key` and `round` are among them if it takes any."""
     try:
-        return frozenset(inspect.signature(f).parameters)
+        parameters = inspect.signature(f).parameters
     except (TypeError, ValueError):  # some builtins have none
         return frozenset()
+    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return frozenset(parameters) | ({"key", "round"} if any_name else frozenset())

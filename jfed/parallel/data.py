@@ -27,7 +27,7 @@ class DataParallelState(NamedTuple):
     """State between two steps."""
 
     params: Tree
-    optimizer: Tree
+    optimizer: Tree  # its state
     uplink: Tree  # leaves [n, ...], each worker's state of its uplink
     step: jax.Array  # [] int32, steps completed
 
@@ -48,16 +48,18 @@ def data_parallel(
 
     Guarantees:
       * With an exact all-reduce it equals one worker on the whole batch, up to the order of additions.
-      * All workers hold the same bits, so nothing but gradients is ever sent.
+      * Nothing but gradients, and with them the loss, is ever sent: an all-reduce must give all workers the same bits,
+        as those of `jax.lax` and `jfed.collectives` do.
 
     Args:
-      loss: `(params, batch, key) -> [B]`, or their mean; each worker and microbatch has a key of its own.
+      loss: `(params, batch, key) -> [B]`, or their mean; each worker and microbatch has a key of its own, and the
+        all-reduce or uplink others.
       optimizer: any optax optimizer; it is also given `value`, the loss.
       workers: a mesh, all of whose devices take part, or a number of workers to simulate on one device.
       all_reduce: `(x, axis_name) -> sum over workers`, by default `jax.lax.psum`; any of `jfed.collectives`, also
         compressed, which are given `key` and `round`.
-      uplink: what every worker makes of its gradient, such as `compress.error_feedback(compress.top_k(0.01))`; all
-        gather the messages, so its bytes grow with n.
+      uplink: what every worker makes of its gradient, such as `compress.error_feedback(compress.top_k(0.01))`, given
+        the params, and `key`, the worker's own, and `round`; all gather the messages, so bytes grow with n.
       accumulate: m; each worker's share is taken in so many parts, whose gradients are averaged before they are sent.
 
     Raises:
@@ -72,7 +74,7 @@ def data_parallel(
     where = "data_parallel"
     team = _workers.of(where, workers)
     _validate.at_least_one(where, "accumulate", accumulate, "1 takes a worker's share at once")
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = _workers.optimizer_of(where, "optimizer", optimizer)
     mean = _workers.mean(where, team, all_reduce, uplink)
     one = _workers.loss_and_gradient(where, loss)
 
@@ -83,9 +85,10 @@ def data_parallel(
         return _workers.placed(team, state)
 
     def step(params, state, link, parts, key, count):
-        own_key = jax.random.fold_in(key, lax.axis_index(team.axis_name))
+        loss_key, wire_key = jax.random.split(key)
+        own_key = jax.random.fold_in(loss_key, lax.axis_index(team.axis_name))
         value, gradient = accumulated(one, params)(params, parts, own_key)
-        gradient, value, link = mean.update(gradient, value, link, key, count)
+        gradient, value, link = mean.update(gradient, value, link, params, wire_key, count)
         updates, state = optimizer.update(gradient, state, params, value=value)
         return optax.apply_updates(params, updates), state, link, value
 
@@ -121,8 +124,10 @@ def accumulated(loss_and_gradient: Callable, like: Tree) -> Callable:
             value, gradient = loss_and_gradient(params, batch, jax.random.fold_in(key, number))
             return jax.tree.map(lambda s, g: s + g.astype(s.dtype), so_far, (value, gradient)), None
 
-        wide = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), like)
-        (value, gradient), _ = lax.scan(add, (jnp.zeros(()), wide), (jnp.arange(m), parts))
+        first = jax.tree.map(lambda x: x[0], parts)
+        value = jax.eval_shape(loss_and_gradient, params, first, key)[0]
+        nothing = jax.tree.map(lambda p: jnp.zeros(p.shape, _workers.wide(p.dtype)), (value, like))
+        (value, gradient), _ = lax.scan(add, nothing, (jnp.arange(m), parts))
         return value / m, jax.tree.map(lambda g, p: (g / m).astype(p.dtype), gradient, like)
 
     return gradient_fn
@@ -159,7 +164,7 @@ def batches(batch_size: int, *, key: jax.Array) -> Callable:
         size = jax.tree.leaves(population.examples)[0].shape[0]
         if size < batch_size:
             raise ValueError(f"batches(batch_size={batch_size}): there are {size} examples; take at most as many.")
-        first = jnp.asarray(t, jnp.uint32) * batch_size  # of 2^32 examples the order begins anew
+        first = jnp.asarray(t, jnp.uint32) * batch_size  # wraps after 2^32 examples
         epoch = first // size
         place = (first - epoch * size).astype(jnp.int32) + jnp.arange(batch_size)
         now, later = (shuffle.position(words, place % size, size, epoch=epoch + i) for i in range(2))

@@ -6,7 +6,8 @@ the bytes of an all-reduce, and an n-th of the state (Rajbhandari et al. 2020, a
     zero1    optimizer states are sharded: gradients of microbatches are added up, then reduce-scattered once
     zero2    gradients too: each microbatch's is reduce-scattered at once, and a worker adds up its share only
 
-Shares keep the tree's structure, so masks and labels of parts of the model work; each leaf is cut as one row.
+Shares keep the tree's structure and each leaf's number of axes, so masks and labels of parts of the model work. Each
+leaf is cut by itself, and its last share filled up: bytes and states below are up to that.
 
 Letters: n workers, B examples in a batch, m microbatches, k bytes of the model.
 """
@@ -31,7 +32,7 @@ class ZeroState(NamedTuple):
     """State between two steps."""
 
     params: Tree
-    optimizer: Tree  # leaves [n, ...], over each worker's share: of a leaf of d numbers, ceil(d / n)
+    optimizer: Tree  # leaves [n, ...], over each worker's share: of a leaf of d numbers, [ceil(d / n), 1, ...]
     step: jax.Array  # [] int32, steps completed
 
 
@@ -43,12 +44,14 @@ def zero1(
     reduce_scatter: Callable | None = None,
     all_gather: Callable | None = None,
     accumulate: int = 1,
+    clip_norm: float | None = None,
 ) -> Algorithm:
     """Data-parallel training with an n-th of the optimizer's state on each worker.
 
     Guarantees:
-      * It equals `data_parallel` for optimizers that act number by number, or leaf by leaf through a mask: sgd, adam,
-        adamw. One that looks at the whole, as a clip by the global norm does, would see a share.
+      * It equals `data_parallel` for optimizers that act number by number, on all leaves or on some by name or number
+        of axes: sgd, adam, adamw, with masks. One that looks at shapes or the whole would see a share: adafactor, lamb,
+        and a clip by the global norm, for which there is `clip_norm`.
 
     Sent by a worker: 2 k (n - 1) / n bytes a step on a ring.
 
@@ -60,11 +63,18 @@ def zero1(
         default JAX's own.
       all_gather: `(x, axis_name)`, leaves [...] to [n, ...]; by default JAX's own.
       accumulate: m.
+      clip_norm: what the gradient's length, over all of the model, is cut down to: `optax.clip_by_global_norm` before
+        the optimizer, which sees a share only.
 
     Raises:
       ValueError: as `data_parallel`.
+
+    >>> method = zero1(lambda w, x, key: jnp.sum((w[None] - x) ** 2, 1) / 2, optax.adam(0.5), workers=2)
+    >>> state, _ = method.round(method.init(jnp.zeros(3)), jnp.ones((4, 3)), jax.random.key(0))
+    >>> print(state.params.round(3), state.optimizer[0].mu.shape)
+    [0.5 0.5 0.5] (2, 2)
     """
-    return _zero("zero1", loss, optimizer, workers, reduce_scatter, all_gather, accumulate, at_once=False)
+    return _zero("zero1", loss, optimizer, workers, reduce_scatter, all_gather, accumulate, clip_norm, at_once=False)
 
 
 def zero2(
@@ -75,6 +85,7 @@ def zero2(
     reduce_scatter: Callable | None = None,
     all_gather: Callable | None = None,
     accumulate: int = 1,
+    clip_norm: float | None = None,
 ) -> Algorithm:
     """`zero1` that keeps an n-th of the gradient, too, while microbatches are added up.
 
@@ -87,31 +98,54 @@ def zero2(
       reduce_scatter: as in `zero1`.
       all_gather: as in `zero1`.
       accumulate: m.
+      clip_norm: as in `zero1`.
 
     Raises:
       ValueError: as `data_parallel`.
+
+    >>> method = zero2(lambda w, x, key: jnp.sum((w[None] - x) ** 2, 1) / 2, optax.sgd(0.5), workers=2, accumulate=2)
+    >>> state, metrics = method.round(method.init(jnp.zeros(3)), jnp.ones((4, 3)), jax.random.key(0))
+    >>> print(state.params, metrics["loss"])
+    [0.5 0.5 0.5] 1.5
     """
-    return _zero("zero2", loss, optimizer, workers, reduce_scatter, all_gather, accumulate, at_once=True)
+    return _zero("zero2", loss, optimizer, workers, reduce_scatter, all_gather, accumulate, clip_norm, at_once=True)
 
 
-def _zero(where, loss, optimizer, workers, reduce_scatter, all_gather, accumulate, *, at_once) -> Algorithm:
+def _zero(where, loss, optimizer, workers, reduce_scatter, all_gather, accumulate, clip_norm, *, at_once):
     team = _workers.of(where, workers)
     _validate.at_least_one(where, "accumulate", accumulate, "1 takes a worker's share at once")
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = _workers.optimizer_of(where, "optimizer", optimizer)
+    for name, value in (("reduce_scatter", reduce_scatter), ("all_gather", all_gather)):
+        if value is not None and not callable(value):
+            raise ValueError(
+                f"{where}({name}={value!r}): give a function (x, axis_name), as jfed.collectives.ring_{name}."
+            )
+    if clip_norm is not None:
+        _validate.positive(where, "clip_norm", clip_norm, "1 is usual; None clips nothing")
     reduce_scatter = _reduce_scatter if reduce_scatter is None else reduce_scatter
     all_gather = _all_gather if all_gather is None else all_gather
     one = _workers.loss_and_gradient(where, loss)
 
+    def shares(x: jax.Array) -> jax.Array:
+        """Of a leaf [...], all shares, of as many axes: [n, ceil(d / n), 1, ...]."""
+        rows = cut(x.reshape(-1), team.count)
+        return rows.reshape(*rows.shape, *(1,) * (x.ndim - 1))
+
     def own(params: Tree) -> Tree:
         """This worker's share of every leaf."""
         me = lax.axis_index(team.axis_name)
-        return jax.tree.map(
-            lambda p: lax.dynamic_index_in_dim(cut(p.reshape(-1), team.count), me, keepdims=False), params
-        )
+        return jax.tree.map(lambda p: lax.dynamic_index_in_dim(shares(p), me, keepdims=False), params)
 
     def scattered(gradient: Tree) -> Tree:
-        rows = jax.tree.map(lambda g: cut(g.reshape(-1), team.count), gradient)
-        return jax.tree.map(lambda t: (t / team.count).astype(t.dtype), reduce_scatter(rows, team.axis_name))
+        total = reduce_scatter(jax.tree.map(shares, gradient), team.axis_name)
+        return jax.tree.map(lambda t: (t / team.count).astype(t.dtype), total)
+
+    def clipped(gradient: Tree) -> Tree:
+        if clip_norm is None:
+            return gradient
+        squares = sum(jnp.sum(jnp.square(g.astype(_workers.wide(g.dtype)))) for g in jax.tree.leaves(gradient))
+        norm = jnp.sqrt(lax.psum(squares, team.axis_name))
+        return jax.tree.map(lambda g: jnp.where(norm < clip_norm, g, (g / norm).astype(g.dtype) * clip_norm), gradient)
 
     def share_of(params, batch, key):
         value, gradient = one(params, batch, key)
@@ -131,9 +165,9 @@ def _zero(where, loss, optimizer, workers, reduce_scatter, all_gather, accumulat
             value, gradient = accumulated(one, params)(params, parts, key)
             gradient = scattered(gradient)
         value = lax.pmean(value, team.axis_name)
-        updates, state = optimizer.update(gradient, state, mine, value=value)
+        updates, state = optimizer.update(clipped(gradient), state, mine, value=value)
         whole = all_gather(optax.apply_updates(mine, updates), team.axis_name)
-        params = jax.tree.map(lambda p, w: uncut(w, p.size).reshape(p.shape), params, whole)
+        params = jax.tree.map(lambda p, w: uncut(w.reshape(team.count, -1), p.size).reshape(p.shape), params, whole)
         return params, state, value
 
     spread = _workers.each(team, step, own=(False, True, True, False), results=(False, True, False))

@@ -101,21 +101,73 @@ def test_a_sharded_optimizer_trains_as_a_whole_one(zero, halves, workers, accumu
 def test_a_worker_keeps_its_share_of_the_optimizer_only():
     state = parallel.zero1(loss, optax.adam(0.05), workers=devices(6)).init(PARAMS)
     mu = state.optimizer[0].mu
-    assert {name: x.shape for name, x in mu.items()} == {"w": (6, 5), "v": (6, 1), "b": (6, 1)}
+    assert {name: x.shape for name, x in mu.items()} == {"w": (6, 5, 1), "v": (6, 1), "b": (6, 1)}
     assert all(shard.data.shape[0] == 1 for x in jax.tree.leaves(mu) for shard in x.addressable_shards)
 
 
-def test_masks_of_parts_of_the_model_hold_for_shares_too():
-    optimizer = optax.masked(optax.adam(0.05), {"w": True, "v": False, "b": False})
-    one, other = (
-        make(loss, optax.chain(optimizer, optax.sgd(0.1)), workers=4)
-        for make in (parallel.data_parallel, parallel.zero1)
-    )
-    a, b = (m.params(jax.jit(m.round)(m.init(PARAMS), part(0), KEY)[0]) for m in (one, other))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), a, b)
+def by_axes(params):
+    return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-# By how much the mean of the last ten of a hundred losses may exceed that without compression: measured, and doubled.
+OPTIMIZERS = {
+    "one leaf by name": (optax.masked(optax.adam(0.05), {"w": True, "v": False, "b": False}), {}, optax.sgd(0.1)),
+    "decay of matrices only": (optax.adamw(0.05, weight_decay=3.0, mask=by_axes), {}, None),
+    "clipped": (optax.adam(0.05), {"clip_norm": 0.1}, None),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_of_parts_of_the_model_and_clipped_gradients_do_not_see_shares(name):
+    optimizer, options, then = OPTIMIZERS[name]
+    chained = optimizer if then is None else optax.chain(optimizer, then)
+    whole = optax.chain(optax.clip_by_global_norm(0.1), chained) if options else chained
+    one = parallel.data_parallel(loss, whole, workers=4)
+    a = one_step_each(one)
+    for zero in (parallel.zero1, parallel.zero2):
+        b = one_step_each(zero(loss, chained, workers=4, **options))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), a, b)
+    plain = one_step_each(parallel.data_parallel(loss, chained if options else optax.adam(0.05), workers=4))
+    if name != "clipped":  # whose first step with adam is of the same length
+        assert abs(plain["v"] - a["v"]).max() + abs(plain["w"] - a["w"]).max() > 1e-3
+
+
+def test_what_a_loss_and_what_a_message_draw_from_are_different_keys():
+    def note(kind, keys):
+        words = jax.tree.leaves(jax.tree.map(jax.random.key_data, keys))
+        jax.debug.callback(
+            lambda *w: found[kind].update(tuple(r) for x in w for r in np.reshape(x, (-1, 2)).tolist()), *words
+        )
+
+    found = {"loss": set(), "wire": set()}
+    for make in (parallel.data_parallel, parallel.diloco):
+        options = {"optimizer": SGD, "accumulate": 2} if make is parallel.data_parallel else {"inner": SGD, "steps": 2}
+
+        def reduce(tree, axis_name, *, key, round):
+            del round
+            note("wire", [jax.random.fold_in(jax.random.fold_in(key, i), j) for i in range(4) for j in range(4)])
+            note("wire", [jax.random.fold_in(key, i) for i in range(4)])
+            return jax.lax.psum(tree, axis_name)
+
+        def drawing(params, batch, key):
+            note("loss", key)
+            return loss(params, batch)
+
+        one_step_each(make(drawing, workers=4, all_reduce=reduce, **options))
+    jax.effects_barrier()
+    assert len(found["loss"]) >= 8 and len(found["wire"]) >= 20 and not found["loss"] & found["wire"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_small_floats_are_added_up_in_single(dtype):
+    """A thousand parts with a gradient of 1, and at the end the mean."""
+    params = jnp.zeros((), dtype)
+    for make in (parallel.data_parallel, parallel.zero2):
+        method = make(lambda w, x, key: w.astype(jnp.float32) * x, optax.sgd(1.0), workers=1, accumulate=1000)
+        state, _ = method.round(method.init(params), jnp.ones(1000), KEY)
+        assert state.params.dtype == dtype and float(state.params) == -1.0
+
+
+# By how much the mean of the last 20 of 300 losses may exceed that without compression.
 COMPRESSED = {
     "ring, 8 bits": ({"all_reduce": compressed.ring(compress.quantize(8))}, 0.02),
     "two shots, 4 bits": ({"all_reduce": compressed.two_shot(compress.quantize(4))}, 0.1),
@@ -214,6 +266,10 @@ SGD = optax.sgd(0.1)
         (lambda: parallel.data_parallel(loss, SGD, workers=0), r"data_parallel\(workers=0\).*or give a mesh"),
         (lambda: parallel.data_parallel(loss, SGD, workers=2, accumulate=0), "accumulate=0"),
         (lambda: parallel.data_parallel(loss, SGD, workers=2, all_reduce="ring"), "give a function"),
+        (lambda: parallel.zero1(loss, SGD, workers=2, reduce_scatter="ring"), "give a function"),
+        (lambda: parallel.zero2(loss, SGD, workers=2, clip_norm=0.0), "clip_norm=0.0"),
+        (lambda: parallel.data_parallel(loss, "sgd", workers=2), "give an optax optimizer"),
+        (lambda: parallel.diloco(loss, inner="adam", workers=2, steps=2), "give an optax optimizer"),
         (lambda: parallel.data_parallel(loss, SGD, workers=2, uplink=compress.top_k), "give a link of jfed.compress"),
         (
             lambda: parallel.data_parallel(loss, SGD, workers=2, all_reduce=jax.lax.psum, uplink=compress.top_k(0.1)),
