@@ -10,7 +10,8 @@ Asked, one after another:
 
 Bus bandwidth is S / t times 2 (n - 1) / n, as nccl-tests has it: what a link carries if the algorithm wastes nothing.
 A program repeats an all-reduce followed by a division by n, so that the numbers stay; algorithms take turns, and
-seconds are medians, ratios medians of those of a turn. What would take more than 12 GB is left out. Virtual devices
+seconds are medians, ratios medians of those of a turn. What would take more than 13 GB is left out: where
+everyone holds what everyone sent. Virtual devices
 beyond the number of cores share them. The TPU compiler's expectation takes a loop's body once (rings), has none of
 its own all-reduce's links (psum), and of some copies says nothing (negative, shown as none).
 
@@ -43,9 +44,10 @@ SIZES = (2**10, 2**14, 2**18, 2**22, 2**26, 2**28)  # bytes a device
 SETUPS = ((2, 1), (4, 1), (8, 1), (2, 2))  # devices of all processes, processes
 SECONDS = 0.3  # a turn repeats an all-reduce for about as long
 TURNS = 3
-MEMORY = 12e9
-SLICES = {"v5e:4x4": (4, 4), "v5e:8x8": (8, 8)}
-LINK = {"alpha": 1e-6, "beta": 1 / 50e9}  # of v5e: 1600 Gbit/s a chip over four links; a microsecond is assumed
+MEMORY = 13e9
+SLICES = {"v5e:4x4": (4, 4), "v6e:8x8": (8, 8), "v5e:8x8": (8, 8)}
+# 1600 Gbit/s a chip of v5e, 3584 of v6e, over four links of two ways; a microsecond is assumed.
+LINK = {"v5e": {"alpha": 1e-6, "beta": 1 / 50e9}, "v6e": {"alpha": 1e-6, "beta": 1 / 112e9}}
 ALGORITHMS = {f.__name__.removesuffix("_all_reduce"): f for f in cost.THEORY if "dedicated" not in f.__name__}
 
 
@@ -119,7 +121,7 @@ def agreed(seconds: float) -> float:
 
 def fits(name: str, n: int, size: int) -> bool:
     """Whether the devices' vectors, copies and what is under way fit in memory."""
-    vectors = n + 3 if name in ("one_shot", "parameter_server", "sharded_servers") else 6
+    vectors = n + 3 if name in ("one_shot", "parameter_server", "sharded_servers") else 5
     return n * size * vectors <= MEMORY
 
 
@@ -190,7 +192,7 @@ def tpu(slices: tuple[str, ...]) -> None:
             return
         row_by_row = sorted(topology.devices, key=lambda chip: (chip.coords[1], chip.coords[0]))
         chips = jax.sharding.Mesh(np.array(row_by_row), ("devices",))
-        torus, rows = network.torus(*SLICES[name], **LINK), []
+        torus, rows = network.torus(*SLICES[name], **LINK[name.split(":")[0]]), []
         for label, program, shapes in programs(chips):
             built = jax.jit(program).lower(*shapes).compile()
             sent, expected = count.compiled(built.as_text()), built.cost_analysis()["optimal_seconds"]

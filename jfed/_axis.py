@@ -17,9 +17,20 @@ Pairs = Sequence[tuple[int, int]]
 
 
 def on_devices(axis_name: str | tuple[str, ...]) -> bool:
-    """Whether the axis is one of devices, rather than of a `vmap`."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    return any(name in manual for name in _names(axis_name))
+    """Whether the axis is one of devices, rather than of a `vmap`.
+
+    Raises:
+      ValueError: if several axes are given and not all are of devices, or they are not in the mesh's order, by which
+        JAX numbers the devices that a message goes to.
+    """
+    mesh, names = jax.sharding.get_abstract_mesh(), _names(axis_name)
+    manual = [name in mesh.manual_axes for name in names]
+    if len(names) > 1 and not all(manual):
+        raise ValueError(f"axis_name={axis_name!r}: axes of vmap cannot be taken as one; sum over one after the other.")
+    order = tuple(name for name in mesh.axis_names if name in names)
+    if all(manual) and names != order:
+        raise ValueError(f"axis_name={axis_name!r}: the mesh has them in another order; give {order}.")
+    return all(manual)
 
 
 def vary(tree: Tree, axis_name: str | tuple[str, ...]) -> Tree:
@@ -53,19 +64,19 @@ def differing(tree: Tree, axis_name: str | tuple[str, ...]) -> Tree:
 
 
 def permute(x: jax.Array, axis_name: str | tuple[str, ...], pairs: Pairs) -> jax.Array:
-    """What this device is sent along `pairs`: zeros if nobody sends to it. Nothing moves from a device to itself.
+    """What this device is sent along `pairs`: zeros if nobody sends to it.
 
-    Floats of fewer than 32 bits travel as their bits, since some backends widen them on the way.
+    XLA:CPU widens floats of fewer than 32 bits on the way, other backends do not.
     """
     n = lax.axis_size(axis_name)
     if not pairs or not x.size:
         return jnp.zeros_like(x)
     if len(pairs) == n or on_devices(axis_name):
-        return _sent(x, axis_name, tuple(pairs))
+        return lax.ppermute(x, axis_name, tuple(pairs))
     # The permutations of vmap are whole: the rest of the devices send each other what nobody reads.
     sending, receiving = ({pair[i] for pair in pairs} for i in (0, 1))
     rest = zip((i for i in range(n) if i not in sending), (i for i in range(n) if i not in receiving), strict=True)
-    got = _sent(x, axis_name, (*pairs, *rest))
+    got = lax.ppermute(x, axis_name, (*pairs, *rest))
     return jnp.where(among(receiving, axis_name), got, jnp.zeros_like(got))
 
 
@@ -133,24 +144,13 @@ def small(x: jax.Array) -> bool:
 
 
 def as_bits(x: jax.Array) -> jax.Array:
-    """Small floats as integers of their bits; what else there is, as it is."""
-    return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") if small(x) else x
+    """Small floats as integers of their bits, which no backend widens on the way; what else there is, as it is."""
+    return lax.bitcast_convert_type(x, f"uint{jnp.finfo(x.dtype).bits}") if small(x) else x
 
 
 def from_bits(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The inverse of `as_bits`."""
     return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
-
-
-def _sent(x: jax.Array, axis_name, pairs: tuple) -> jax.Array:
-    return _sent_as_bits(x, axis_name, pairs) if small(x) else lax.ppermute(x, axis_name, pairs)
-
-
-def _sent_as_bits(x, axis_name, pairs):
-    send = jax.custom_jvp(lambda x: from_bits(lax.ppermute(as_bits(x), axis_name, pairs), x.dtype))
-    # Bits have no derivative, and sending is linear.
-    send.defjvp(lambda primals, tangents: (send(*primals), lax.ppermute(*tangents, axis_name, pairs)))
-    return send(x)
 
 
 def _names(axis_name: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Every all-reduce of the kit: a new one joins the batteries by one row.
 
-As a script, one of two processes of four devices that run them all: python reduces.py PORT PROCESS FILE.
+As a script, one of two processes of two devices each that run them all: python reduces.py PORT PROCESS FILE.
 """
 
 import functools
@@ -37,7 +37,7 @@ ALL = {
 
 def options_for(name, n):
     """The all-reduce, with options that are not the default where it has any."""
-    if name == "two servers" and n > 2:
+    if name == "two servers" and n > 3:
         return functools.partial(ALL[name], servers=n - 1)
     if name == "hierarchical":
         return functools.partial(ALL[name], group={8: 2, 6: 2, 4: 4}.get(n, n))
@@ -61,6 +61,8 @@ def trees(n, seed=0):
         "int": jnp.asarray(draw.integers(-(2**31), 2**31, (n, 3)), jnp.int32),
         "words": jnp.asarray(draw.integers(0, 2**32, (n, 4)), jnp.uint32),
         "flags": jnp.asarray(draw.integers(0, 2, (n, 2)), bool),
+        "bytes": jnp.asarray(draw.integers(-100, 100, (n, 5)), jnp.int8),
+        "complex": floats(2) + 1j * floats(2),
     }
 
 

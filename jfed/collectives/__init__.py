@@ -2,7 +2,12 @@
 
 Every one is called as `ring_all_reduce(x, axis_name)` and gives what `lax.psum(x, axis_name)` does, so training takes
 it as an argument. One text runs under `shard_map` on devices of any number of processes, and under
-`vmap(axis_name=)` on one device. Gradients pass through: that of a sum over devices is again one.
+`vmap(axis_name=)` on one device. Leaves of one dtype are put into one vector, a copy, and summed in that dtype: more
+than 256 ones in bfloat16 may come out as 256.
+
+Gradients pass through all but the compressed: that of a sum over devices is again one. Under `shard_map` with
+`check_vma=True`, results are typed as varying, so they cannot leave by `out_specs=P()`, and a gradient with respect to
+what is replicated is summed by JAX as well: take it with respect to `lax.pcast(w, axis_name, to="varying")`.
 
     ring  direct  servers  butterfly  tree  grid    algorithms
     compressed                                       all-reduces that send messages of `jfed.compress`

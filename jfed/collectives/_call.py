@@ -8,19 +8,32 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jfed import _validate
 from jfed._axis import joined, vary
 from jfed.core import Tree
 
 Axis = str | tuple[str, ...]
-"""An axis of devices: of a mesh or of `vmap`, or several of a mesh, taken as one, the last running fastest."""
+"""An axis of devices: of a mesh or of `vmap`, or several of a mesh in its order, taken as one."""
 
 Send = Callable[[jax.Array, Axis, Any, Any], jax.Array]
 """`(x, axis_name, pairs, hop) -> what arrived`: how a sum under way travels; `hop` numbers the encodings."""
 
 
-def named(f: Callable, axis_name: Axis, **options: Any) -> Callable[[Tree], Tree]:
-    """`x -> f(x, axis_name, **options)`, a program of the name of `f`, which lints and profiles can see."""
-    return _program(f, axis_name, tuple(sorted(options.items())))
+def named(f: Callable, axis_name: Axis, **options: int | None) -> Callable[[Tree], Tree]:
+    """`x -> f(x, axis_name, **options)`, a program of the name of `f`, which lints and profiles can see.
+
+    Raises:
+      ValueError: if an option is neither None nor a whole number of at least 1, or the axis no name or tuple of names.
+    """
+    where = f.__name__.removeprefix("_")
+    for name, value in options.items():
+        if value is not None:
+            _validate.at_least_one(where, name, value, "it counts devices")
+    if not isinstance(axis_name, str) and not isinstance(axis_name, tuple):
+        raise ValueError(f"{where}(axis_name={axis_name!r}): give the name of an axis, or a tuple of names.")
+    return _program(
+        f, axis_name, tuple((name, value if value is None else int(value)) for name, value in options.items())
+    )
 
 
 @functools.cache
@@ -43,13 +56,13 @@ def over_vectors(sum_vector: Callable, x: Tree, axis_name: Axis) -> Tree:
     return joined(one, vary(x, axis_name))
 
 
-def divisors(where: str, name: str, value: Any, n: int) -> int:
+def divisor(where: str, name: str, value: int, n: int) -> int:
     """`value`, which must divide the n devices of the axis.
 
     Raises:
       ValueError: if it does not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or n % value:
+    if n % value:
         fits = [g for g in range(1, n + 1) if n % g == 0]
         raise ValueError(f"{where}({name}={value!r}): the axis has {n} devices; {name} must be one of {fits}.")
     return value

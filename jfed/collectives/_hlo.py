@@ -6,10 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jfed.collectives._sends import Sent, alike, bytes_of, groups, least, permuted
+from jfed.collectives._sends import COLLECTIVES, UNKNOWN, Sent, bytes_of, groups, least, permuted, same_in_all, unknown
 
-_KINDS = {"all-reduce": "reduce", "reduce-scatter": "scatter", "all-to-all": "exchange", "all-gather": "gather"}
-_UNKNOWN = {"send", "recv", "collective-broadcast", "ragged-all-to-all"}
 _CALLS = ("calls", "to_apply", "called_computations", "branch_computations", "true_computation", "false_computation")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d\w*)\[([\d,<= ]*)\]")
 
@@ -61,14 +59,14 @@ def sends(text: str, trips: int | None) -> tuple[int, list[tuple[Sent, int]]]:
         if kind == "collective-permute":
             pairs = re.search(r"source_target_pairs=\{(.*?)\}(?:,|$)(?!\{)", op.rest)[1]
             return [(permuted(n, [int(i) for i in re.findall(r"\d+", pairs)], size, waits=not starts), 1)]
-        if kind in _KINDS:
-            return [(least(_KINDS[kind], n, _groups(n, op.rest), size), 1)]
-        if kind in _UNKNOWN:
-            raise ValueError(f"compiled(text): what {kind} sends is not known; use ppermute, psum or their siblings.")
+        if kind.replace("-", "_") in COLLECTIVES:
+            return [(least(kind.replace("-", "_"), n, _groups(n, op.rest), size), 1)]
+        if kind.replace("-", "_") in UNKNOWN:
+            raise unknown("compiled(text)", kind)
         called = [name for part in _CALLS for name in _names(op.rest, part) if name in bodies]
         found = [body(name) for name in called]
         if kind == "conditional":
-            return alike("compiled", found)
+            return same_in_all("compiled", found)
         return [(send._replace(waits=send.waits and not starts), times) for one in found for send, times in one]
 
     return n, body(main)

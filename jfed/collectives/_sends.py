@@ -1,5 +1,8 @@
 """What one operation sends each time it runs; all counters count in these.
 
+An array has the bytes that JAX gives it: a number of fewer than 8 bits, such as an int4, counts as a whole byte,
+though a compiler may pack several into one.
+
 Letters: n devices, g devices a group, k bytes that a device puts in.
 """
 
@@ -9,6 +12,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+COLLECTIVES = {"all_reduce", "reduce_scatter", "all_to_all", "all_gather"}
+"""Those of XLA's own whose least bytes are known, by StableHLO's names."""
+
+UNKNOWN = {"send", "recv", "collective_broadcast", "ragged_all_to_all"}
+"""What sends and cannot be counted."""
 
 
 class Sent(NamedTuple):
@@ -34,7 +43,7 @@ def least(kind: str, n: int, groups: Iterable[Iterable[int]], k: int) -> Sent:
     """What a collective of XLA's own must send at least.
 
     Args:
-      kind: "reduce", "scatter", "exchange" or "gather".
+      kind: one of `COLLECTIVES`.
       n: devices.
       groups: devices that take part together; those in none send nothing.
       k: bytes that a device puts in.
@@ -43,21 +52,23 @@ def least(kind: str, n: int, groups: Iterable[Iterable[int]], k: int) -> Sent:
     for group in groups:
         group = np.asarray(group)
         g = group.size
-        whole = {"reduce": 2 * k * (g - 1), "scatter": k * (g - 1), "exchange": k * (g - 1), "gather": k * (g - 1) * g}
-        sent[group] = -(-whole[kind] // g)
+        parts = {"all_reduce": 2, "reduce_scatter": 1, "all_to_all": 1, "all_gather": g}[kind]
+        sent[group] = -(-parts * k * (g - 1) // g)
     return Sent(None, 0, sent, sent)
 
 
 def bytes_of(dtype: str, sizes: Iterable[int]) -> int:
     """Of an array, its dtype as compilers write it: "f32", "bf16", "s8", "ui32", "i1", "complex<f32>", "pred"."""
-    if dtype in ("i1", "pred"):
-        bits = 8
-    else:
-        bits = int(re.search(r"\d+", dtype)[0]) * (2 if dtype.startswith("complex") else 1)
-    return -(-math.prod(sizes) * bits // 8)
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]) * (2 if dtype.startswith("complex") else 1)
+    return math.prod(sizes) * max(bits // 8, 1)
 
 
-def alike(where: str, branches: list[list[tuple[Sent, int]]]) -> list[tuple[Sent, int]]:
+def unknown(where: str, kind: str) -> ValueError:
+    """The error of what cannot be counted."""
+    return ValueError(f"{where}: what {kind} sends is not known; use ppermute, psum or their siblings.")
+
+
+def same_in_all(where: str, branches: list[list[tuple[Sent, int]]]) -> list[tuple[Sent, int]]:
     """What each of several branches sends.
 
     Raises:

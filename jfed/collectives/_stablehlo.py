@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jfed.collectives._sends import Sent, alike, bytes_of, groups, least, permuted
+from jfed.collectives._sends import COLLECTIVES, UNKNOWN, Sent, bytes_of, groups, least, permuted, same_in_all, unknown
 
-_KINDS = {"all_reduce": "reduce", "reduce_scatter": "scatter", "all_to_all": "exchange", "all_gather": "gather"}
-_UNKNOWN = {"send", "recv", "collective_broadcast"}
 _TURNS = {"LT": lambda gap, step: -(-gap // step), "LE": lambda gap, step: gap // step + 1}
 
 
@@ -42,13 +40,13 @@ def sends(n: int, module: Any) -> list[tuple[Sent, int]]:
             turns = _turns(op, bool(test)) if test or body else 0
             yield from ((send, times * turns) for send, times in body)
         elif kind in ("case", "if"):
-            yield from alike("lowered", [list(regions([region])) for region in op.regions])
+            yield from same_in_all("lowered", [list(regions([region])) for region in op.regions])
         elif kind == "collective_permute":
             yield permuted(n, np.array(op.attributes["source_target_pairs"]), _size(op)), 1
-        elif kind in _KINDS:
-            yield least(_KINDS[kind], n, _groups(symbols, op.attributes["replica_groups"]), _size(op)), 1
-        elif kind in _UNKNOWN or (kind == "custom_call" and "ragged" in str(op.attributes["call_target_name"])):
-            raise ValueError(f"lowered(f): what {kind} sends is not known; use ppermute, psum or their siblings.")
+        elif kind in COLLECTIVES:
+            yield least(kind, n, _groups(symbols, op.attributes["replica_groups"]), _size(op)), 1
+        elif kind in UNKNOWN or (kind == "custom_call" and "ragged" in str(op.attributes["call_target_name"])):
+            raise unknown("lowered(f)", kind)
         else:
             yield from regions(op.regions)
 

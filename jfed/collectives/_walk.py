@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 SUMS = {"psum", "psum2", "psum_invariant"}
 REDUCES = SUMS | {"pmax", "pmin"}
@@ -14,7 +15,7 @@ GATHERS = {"all_gather", "all_gather_invariant"}
 SCATTERS = {"reduce_scatter"}
 EXCHANGES = {"all_to_all"}
 SENDS = {"ppermute"}
-SILENT = {"axis_index", "pvary", "pcast", "preduced", "vary_unreduced_cast"}
+NO_MESSAGES = {"axis_index", "pvary", "pcast", "preduced", "vary_unreduced_cast"}
 """Primitives that name axes of devices, and send nothing."""
 
 _NOT_THE_USERS = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(jax.__file__).parent)]
@@ -54,7 +55,7 @@ def axes(eqn: JaxprEqn) -> tuple[str, ...]:
 
 def is_collective(eqn: JaxprEqn) -> bool:
     """Whether devices send something in this very equation."""
-    return bool(axes(eqn)) and name(eqn) not in SILENT
+    return bool(axes(eqn)) and name(eqn) not in NO_MESSAGES
 
 
 def inner(eqn: JaxprEqn) -> list[Jaxpr]:
@@ -83,6 +84,25 @@ def called(eqn: JaxprEqn) -> Jaxpr | None:
     if len(bodies) == 1 and len(bodies[0].invars) == len(eqn.invars) and len(bodies[0].outvars) == len(eqn.outvars):
         return bodies[0]
     return None
+
+
+def divides(eqn: JaxprEqn, atom: Any, n: int, jaxpr: Jaxpr) -> bool:
+    """Whether an equation of a program divides a variable by n, as `x / n` or as `x * (1 / n)`."""
+    if eqn.primitive.name == "div":
+        return eqn.invars[0] is atom and _number(eqn.invars[1], jaxpr) == n
+    if eqn.primitive.name == "mul":
+        rounded = np.asarray(1 / n).astype(eqn.outvars[0].aval.dtype).item()
+        return any(other is not atom and _number(other, jaxpr) == rounded for other in eqn.invars)
+    return False
+
+
+def _number(atom: Any, jaxpr: Jaxpr) -> float | None:
+    """The value of a constant scalar; None of anything else."""
+    if isinstance(atom, Literal):
+        return np.asarray(atom.val).item() if np.ndim(atom.val) == 0 else None
+    made_by = next((eqn for eqn in jaxpr.eqns if atom in eqn.outvars), None)
+    casts = made_by is not None and made_by.primitive.name in ("pvary", "pcast", "convert_element_type")
+    return _number(made_by.invars[0], jaxpr) if casts else None
 
 
 def scanned(eqn: JaxprEqn) -> tuple[int, int]:

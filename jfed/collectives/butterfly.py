@@ -36,9 +36,9 @@ def halving_reduce_scatter(x: Tree, axis_name: Axis, *, send: Send = plainly) ->
     Raises:
       ValueError: when traced, if n is no power of two, or leaves have not n rows.
     """
-    n = _power_of_two("halving_reduce_scatter", axis_name)
-    rows_of("halving_reduce_scatter", x, axis_name)
-    return joined(lambda rows: _halved(rows, axis_name, n, send), vary(x, axis_name), lead=1)
+    return (
+        named(_halving_reduce_scatter, axis_name)(x) if send is plainly else _halving_reduce_scatter(x, axis_name, send)
+    )
 
 
 def doubling_all_gather(x: Tree, axis_name: Axis) -> Tree:
@@ -56,8 +56,7 @@ def doubling_all_gather(x: Tree, axis_name: Axis) -> Tree:
     Raises:
       ValueError: when traced, if n is no power of two.
     """
-    n = _power_of_two("doubling_all_gather", axis_name)
-    return joined(lambda part: _doubled(part, axis_name, n), vary(x, axis_name))
+    return named(_doubling_all_gather, axis_name)(x)
 
 
 def halving_doubling_all_reduce(x: Tree, axis_name: Axis) -> Tree:
@@ -93,6 +92,17 @@ def doubling_all_reduce(x: Tree, axis_name: Axis) -> Tree:
       As `ring_all_reduce`.
     """
     return named(_doubling_all_reduce, axis_name)(x)
+
+
+def _halving_reduce_scatter(x, axis_name, send=plainly):
+    n = _power_of_two("halving_reduce_scatter", axis_name)
+    rows_of("halving_reduce_scatter", x, axis_name)
+    return joined(lambda rows: _halved(rows, axis_name, n, send), vary(x, axis_name), lead=1)
+
+
+def _doubling_all_gather(x, axis_name):
+    n = _power_of_two("doubling_all_gather", axis_name)
+    return joined(lambda part: _doubled(part, axis_name, n), vary(x, axis_name))
 
 
 def _halving_doubling_all_reduce(x, axis_name):

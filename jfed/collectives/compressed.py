@@ -10,7 +10,10 @@ does, the same bits on all devices; the caller divides. The text runs in `shard_
     in_halves   the same along any reduce-scatter and all-gather             an error a hop
     summed      linear messages are added up undecoded                       one error, any number of devices
 
-A `key` is the same on all devices, which fold in their index; hops of a chunk draw anew, also from `round`.
+A `key` is the same on all devices, which fold in their index; hops of a chunk draw anew, also from `round`. Operators
+that draw by key want a new one each time, those that share what they draw, such as `random_k`, a new round.
+
+Messages have no derivative: gradients through these all-reduces mean nothing.
 
 Letters: n devices, d numbers, b(d) bytes of a message of d numbers.
 """
@@ -64,6 +67,7 @@ def gathered(compressor: optax.GradientTransformation) -> AllReduce:
     encode = _encoder("gathered", compressor)
 
     def all_reduce(tree, axis_name, *, key=None, round=None):
+        tree = _counted(tree)
         message = encode(tree, own_key(key, axis_name), round)
         return _as(tree, added(gather(message, axis_name), axis_name))
 
@@ -133,7 +137,7 @@ def in_halves(compressor: optax.GradientTransformation, reduce_scatter: Callable
         def send(total, axis_name, pairs, hop):
             return decode(moved(lambda y: permute(y, axis_name, pairs), message_of(total, hop), axis_name))
 
-        message = message_of(reduce_scatter(cut(x, n), axis_name, send=send), n - 1)
+        message = message_of(reduce_scatter(cut(x, n), axis_name, send=send), n)  # hops are numbered up to n - 1
         return uncut(jax.vmap(decode)(moved(lambda y: all_gather(y, axis_name), message, axis_name)), x.size)
 
     return _over_vector(sum_vector)
@@ -234,14 +238,15 @@ def _encoder(where: str, compressor: optax.GradientTransformation) -> Callable:
 
 
 def _over_vector(sum_vector: Callable) -> AllReduce:
-    """An all-reduce of trees out of one of vectors of float32."""
+    """An all-reduce of trees out of one of vectors of float32, or float64 if a leaf is."""
 
     def all_reduce(tree, axis_name, *, key=None, round=None):
-        leaves, structure = jax.tree.flatten(tree)
+        leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, tree))
         floats = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
         totals = [x if i in floats else lax.psum(x, axis_name) for i, x in enumerate(leaves)]
         if floats:
-            flat = jnp.concatenate([leaves[i].reshape(-1).astype(jnp.float32) for i in floats])
+            wide = jnp.promote_types(jnp.float32, jnp.result_type(*(leaves[i] for i in floats)))
+            flat = jnp.concatenate([leaves[i].reshape(-1).astype(wide) for i in floats])
             flat = sum_vector(flat, axis_name, own_key(key, axis_name), round)
             parts = jnp.split(flat, np.cumsum([leaves[i].size for i in floats])[:-1].tolist())
             for i, part in zip(floats, parts, strict=True):
@@ -251,5 +256,13 @@ def _over_vector(sum_vector: Callable) -> AllReduce:
     return all_reduce
 
 
+def _counted(tree: Tree) -> Tree:
+    """Leaves as arrays, truth values as numbers."""
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.int32 if jnp.issubdtype(jnp.result_type(x), jnp.bool_) else None), tree
+    )
+
+
 def _as(like: Tree, tree: Tree) -> Tree:
-    return jax.tree.map(lambda x, y: y.astype(x.dtype), like, tree)
+    """In the dtypes of `like`; truth values are counted."""
+    return jax.tree.map(lambda x, y: y.astype(jnp.int32 if x.dtype == bool else x.dtype), like, tree)

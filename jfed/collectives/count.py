@@ -13,6 +13,9 @@ by means of its own, the least that they must send stands in, all devices taking
     exchange                k (g - 1) / g
     gather                  k (g - 1)
 
+An array counts with its bytes in JAX, where a number of fewer than 8 bits, such as an int4, takes a whole byte; a
+compiler may pack several into one.
+
 Letters: n devices, k bytes.
 """
 
@@ -48,7 +51,7 @@ class Counted(NamedTuple):
     steps: tuple[Step, ...] | None  # the messages in the order of rounds; of XLA's own collectives none
     opaque: int  # bytes of `sent`, over all devices, that stand for XLA's own collectives
     permutes: int  # collective permutes run, those of loops each time
-    asynchronous: int | None  # of them, those that start and are awaited apart; None before compilation
+    asynchronous: int | None  # of them, those with a start and a done of their own; None before compilation
 
 
 def total(counted: Counted) -> int:
@@ -103,9 +106,9 @@ def all_reduce(f: Callable, n: int, x: Tree) -> Counted:
 def traced(f: Callable, *args: Any, trips: int | None = None) -> Counted:
     """What a program sends according to its jaxpr, where loops, calls and branches are followed.
 
-    Rounds are counted by data: a message can leave once what it is made of is there, and what is made of it is one
-    round later, so that messages that do not wait for one another share a round. What a body makes of constants
-    alone is there when the first of the body's inputs is. A collective of XLA's own takes one round.
+    Rounds follow from data dependence: a message is sent in the round after the last message that its data depends
+    on, so independent messages share a round. Constants of a loop or call are ready when its earliest input is. A
+    collective of XLA's own takes one round.
 
     What a compiler adds where arrays are sharded without `shard_map` is seen by `compiled` alone.
 
@@ -164,6 +167,7 @@ def compiled(text: str, *, trips: int | None = None) -> Counted:
     """What a program sends according to the text of its optimised HLO, by the compiler of CPU, GPU or TPU.
 
     Rounds are not followed: the schedule is the compiler's.
+    Numbers that it has made wider, as that of CPUs does with bfloat16, count with their new width.
 
     Args:
       text: `jax.jit(f).lower(x).compile().as_text()`.
@@ -182,8 +186,8 @@ def compiled(text: str, *, trips: int | None = None) -> Counted:
     if trips is not None:
         _validate.at_least_one("compiled", "trips", trips, "leave it out if the text says how often loops go round")
     n, sends = _hlo.sends(text, trips)
-    apart = sum(times for send, times in sends if send.pairs is not None and not send.waits)
-    return _added(n, sends)._replace(asynchronous=apart)
+    asynchronous = sum(times for send, times in sends if send.pairs is not None and not send.waits)
+    return _added(n, sends)._replace(asynchronous=asynchronous)
 
 
 def _added(n: int, sends: Iterable[tuple[Sent, int]]) -> Counted:
@@ -199,8 +203,8 @@ def _added(n: int, sends: Iterable[tuple[Sent, int]]) -> Counted:
 
 def _steps(sends: list[Sent], by_round: dict[int, list[int]]) -> tuple[Step, ...]:
     steps = []
-    for _, alike in itertools.groupby(sorted(by_round), key=lambda when: sorted(by_round[when])):
-        rounds = list(alike)
+    for _, equal in itertools.groupby(sorted(by_round), key=lambda when: sorted(by_round[when])):
+        rounds = list(equal)
         messages = [sends[place] for place in by_round[rounds[0]] if sends[place].pairs is not None]
         if messages:
             pairs = np.concatenate([message.pairs for message in messages])

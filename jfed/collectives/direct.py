@@ -31,17 +31,9 @@ def direct_reduce_scatter(x: Tree, axis_name: Axis, *, send: Send = plainly) -> 
     Raises:
       ValueError: when traced, if leaves have not n rows.
     """
-    n = rows_of("direct_reduce_scatter", x, axis_name)
-    me = lax.axis_index(axis_name)
-
-    def one(rows):
-        def row(distance):
-            return lax.dynamic_index_in_dim(rows, (me + distance) % n, keepdims=False)
-
-        came = [send(row(d), axis_name, whole_ring(n).neighbours(d), d) for d in range(1, n)]
-        return sum(came, row(0))
-
-    return joined(one, vary(x, axis_name), lead=1)
+    return (
+        named(_direct_reduce_scatter, axis_name)(x) if send is plainly else _direct_reduce_scatter(x, axis_name, send)
+    )
 
 
 def direct_all_gather(x: Tree, axis_name: Axis) -> Tree:
@@ -56,16 +48,7 @@ def direct_all_gather(x: Tree, axis_name: Axis) -> Tree:
     Returns:
       Leaves [n, ...], the same on all devices.
     """
-    n, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
-
-    def one(part):
-        whole = vary(jnp.zeros_like(part, shape=(n, *part.shape)), axis_name)
-        for d in range(n):
-            came = permute(part, axis_name, whole_ring(n).neighbours(d)) if d else part
-            whole = lax.dynamic_update_index_in_dim(whole, came, (me - d) % n, 0)
-        return whole
-
-    return joined(one, vary(x, axis_name))
+    return named(_direct_all_gather, axis_name)(x)
 
 
 def one_shot_all_reduce(x: Tree, axis_name: Axis) -> Tree:
@@ -100,6 +83,33 @@ def two_shot_all_reduce(x: Tree, axis_name: Axis) -> Tree:
       As `ring_all_reduce`.
     """
     return named(_two_shot_all_reduce, axis_name)(x)
+
+
+def _direct_reduce_scatter(x, axis_name, send=plainly):
+    n = rows_of("direct_reduce_scatter", x, axis_name)
+    me = lax.axis_index(axis_name)
+
+    def one(rows):
+        def row(distance):
+            return lax.dynamic_index_in_dim(rows, (me + distance) % n, keepdims=False)
+
+        came = [send(row(d), axis_name, whole_ring(n).neighbours(d), d) for d in range(1, n)]
+        return sum(came, row(0))
+
+    return joined(one, vary(x, axis_name), lead=1)
+
+
+def _direct_all_gather(x, axis_name):
+    n, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
+
+    def one(part):
+        whole = vary(jnp.zeros_like(part, shape=(n, *part.shape)), axis_name)
+        for d in range(n):
+            came = permute(part, axis_name, whole_ring(n).neighbours(d)) if d else part
+            whole = lax.dynamic_update_index_in_dim(whole, came, (me - d) % n, 0)
+        return whole
+
+    return joined(one, vary(x, axis_name))
 
 
 def _one_shot_all_reduce(x, axis_name):

@@ -1,10 +1,11 @@
 """Grids: rings within rows and rings within columns, for machines whose links are such.
 
     hierarchical   reduce-scatter within a group, all-reduce of a chunk across groups, all-gather within the group:
-                   of the slow links between groups of g each carries a g-th (Jia et al. 2018, arXiv:1807.11205,
-                   reduce to one leader of each group instead)
-    torus          half of the vector takes rows first, half columns, so that both kinds of links are busy at any
-                   time (the three steps are those of Mikami et al. 2018, arXiv:1811.05233)
+                   of the slow links between groups of g each carries a g-th. Of rows and columns of a torus, it is
+                   the 2D-Torus all-reduce of Mikami et al. 2018 (arXiv:1811.05233); Jia et al. 2018
+                   (arXiv:1807.11205) reduce to one leader of each group instead
+    torus          the same steps for half of the vector rows first, and for the other half columns first, so that
+                   both kinds of links are busy at any time
 
 Letters: n devices, k bytes of the vector; a rows of b devices.
 """
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jfed._axis import cut, uncut
-from jfed.collectives._call import Axis, divisors, named, over_vectors
+from jfed.collectives._call import Axis, divisor, named, over_vectors
 from jfed.collectives.ring import Ring, gathered, scattered
 from jfed.core import Tree
 
@@ -37,6 +38,11 @@ def hierarchical_all_reduce(x: Tree, axis_name: Axis, *, group: int | None = Non
 
     Raises:
       ValueError: when traced, if `group` does not divide n.
+
+    >>> import jax
+    >>> f = jax.vmap(lambda x: hierarchical_all_reduce(x, "devices", group=2), axis_name="devices")
+    >>> print(f(jnp.array([1, 2, 4, 8])))
+    [15 15 15 15]
     """
     return named(_hierarchical_all_reduce, axis_name, group=group)(x)
 
@@ -56,6 +62,11 @@ def torus_all_reduce(x: Tree, axis_name: Axis, *, rows: int | None = None) -> Tr
 
     Raises:
       ValueError: when traced, if `rows` does not divide n.
+
+    >>> import jax
+    >>> f = jax.vmap(lambda x: torus_all_reduce(x, "devices", rows=2), axis_name="devices")
+    >>> print(f(jnp.array([1, 2, 4, 8])))
+    [15 15 15 15]
     """
     return named(_torus_all_reduce, axis_name, rows=rows)(x)
 
@@ -82,7 +93,7 @@ def _hierarchical_all_reduce(x, axis_name, group):
         (whole,) = gathered([part], axis_name, within)
         return uncut(whole.reshape(n, -1), v.size)
 
-    divisors("hierarchical_all_reduce", "group", group, lax.axis_size(axis_name))
+    divisor("hierarchical_all_reduce", "group", group, lax.axis_size(axis_name))
     return over_vectors(sum_vector, x, axis_name)
 
 
@@ -106,7 +117,7 @@ def _torus_all_reduce(x, axis_name, rows):
         halves = half(one, along_row, along_column), half(other, along_column, along_row)
         return uncut(jnp.concatenate(halves, axis=1), v.size)
 
-    divisors("torus_all_reduce", "rows", rows, lax.axis_size(axis_name))
+    divisor("torus_all_reduce", "rows", rows, lax.axis_size(axis_name))
     return over_vectors(sum_vector, x, axis_name)
 
 

@@ -2,7 +2,8 @@
 
 The vector is cut into n chunks. In the reduce-scatter a chunk's sum grows on its way round, until after n - 1 hops
 each device holds one chunk summed; in the all-gather the sums go round once more. Each device sends 2 (n - 1) / n of
-the vector, which no all-reduce undercuts (Patarasuk and Yuan 2009, J. Parallel Distrib. Comput. 69, pp. 117-124).
+the vector, and no all-reduce has its busiest send less (Patarasuk and Yuan 2009, J. Parallel Distrib. Comput. 69,
+pp. 117-124).
 
 Letters: n devices, d numbers, c numbers a chunk, k bytes of the vector.
 """
@@ -110,12 +111,7 @@ def ring_reduce_scatter(x: Tree, axis_name: Axis, *, send: Send = plainly) -> Tr
     >>> jax.vmap(lambda x: ring_reduce_scatter(x, "devices"), axis_name="devices")(jnp.array([[1, 2], [30, 40]]))
     Array([31, 42], dtype=int32)
     """
-    n = rows_of("ring_reduce_scatter", x, axis_name)
-
-    def one(rows):
-        return scattered([rows], axis_name, whole_ring(n), send=send)[0] if n > 1 else rows[0]
-
-    return joined(one, vary(x, axis_name), lead=1)
+    return named(_ring_reduce_scatter, axis_name)(x) if send is plainly else _ring_reduce_scatter(x, axis_name, send)
 
 
 def ring_all_gather(x: Tree, axis_name: Axis, *, send: Send = plainly) -> Tree:
@@ -135,12 +131,7 @@ def ring_all_gather(x: Tree, axis_name: Axis, *, send: Send = plainly) -> Tree:
     Array([[1, 2],
            [1, 2]], dtype=int32)
     """
-    n = lax.axis_size(axis_name)
-
-    def one(part):
-        return gathered([part], axis_name, whole_ring(n), send=send)[0] if n > 1 else part[None]
-
-    return joined(one, vary(x, axis_name))
+    return named(_ring_all_gather, axis_name)(x) if send is plainly else _ring_all_gather(x, axis_name, send)
 
 
 def ring_all_reduce(x: Tree, axis_name: Axis) -> Tree:
@@ -174,6 +165,24 @@ def bidirectional_ring_all_reduce(x: Tree, axis_name: Axis) -> Tree:
       As `ring_all_reduce`.
     """
     return named(_bidirectional_ring_all_reduce, axis_name)(x)
+
+
+def _ring_reduce_scatter(x, axis_name, send=plainly):
+    n = rows_of("ring_reduce_scatter", x, axis_name)
+
+    def one(rows):
+        return scattered([rows], axis_name, whole_ring(n), send=send)[0] if n > 1 else rows[0]
+
+    return joined(one, vary(x, axis_name), lead=1)
+
+
+def _ring_all_gather(x, axis_name, send=plainly):
+    n = lax.axis_size(axis_name)
+
+    def one(part):
+        return gathered([part], axis_name, whole_ring(n), send=send)[0] if n > 1 else part[None]
+
+    return joined(one, vary(x, axis_name))
 
 
 def _ring_all_reduce(x, axis_name):

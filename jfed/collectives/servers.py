@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jfed import _validate
 from jfed._axis import among, cut, permute, uncut, vary
 from jfed.collectives._call import Axis, named, over_vectors
 from jfed.core import Tree
@@ -35,7 +34,7 @@ def parameter_server_all_reduce(x: Tree, axis_name: Axis) -> Tree:
     return named(_parameter_server_all_reduce, axis_name)(x)
 
 
-def sharded_servers_all_reduce(x: Tree, axis_name: Axis, *, servers: int = 2) -> Tree:
+def sharded_servers_all_reduce(x: Tree, axis_name: Axis, *, servers: int | None = None) -> Tree:
     """The sum over devices, each of the first s of which adds up a chunk.
 
     Sent: k bytes by a worker that does not serve, k (n + s - 2) / s by one that does, in 2 rounds.
@@ -43,7 +42,7 @@ def sharded_servers_all_reduce(x: Tree, axis_name: Axis, *, servers: int = 2) ->
     Args:
       x: as in `ring_all_reduce`.
       axis_name: of the n devices.
-      servers: s; with n it is `two_shot_all_reduce`.
+      servers: s, by default 2 if there are as many devices; with n it is `two_shot_all_reduce`.
 
     Returns:
       As `ring_all_reduce`.
@@ -82,13 +81,14 @@ def _parameter_server_all_reduce(x, axis_name):
 
 def _sharded_servers_all_reduce(x, axis_name, servers):
     n = lax.axis_size(axis_name)
-    _at_most("sharded_servers_all_reduce", servers, n, f"the axis has {n} devices")
+    servers = min(2, n) if servers is None else servers
+    at_most("sharded_servers_all_reduce", servers, n, f"the axis has {n} devices")
     return over_vectors(lambda v, n: _served(v, axis_name, _among_workers(n, servers), servers), x, axis_name)
 
 
 def _dedicated_servers_all_reduce(x, axis_name, servers):
     devices = lax.axis_size(axis_name)
-    _at_most("dedicated_servers_all_reduce", servers, devices // 2, f"of {devices} devices as many must be workers")
+    at_most("dedicated_servers_all_reduce", servers, devices // 2, f"of {devices} devices as many must be workers")
     workers = devices - servers
 
     def sum_vector(v, n):
@@ -137,7 +137,7 @@ def _moved(x: jax.Array, axis_name: Axis, pairs: list[tuple[int, int]]) -> jax.A
     return jnp.where(among(kept, axis_name), x, came) if kept else came
 
 
-def _at_most(where: str, servers: int, most: int, why: str) -> None:
-    _validate.at_least_one(where, "servers", servers, "1 is one parameter server")
+def at_most(where: str, servers: int, most: int, why: str) -> None:
+    """Raises a `ValueError` if there are more servers than there may be."""
     if servers > most:
         raise ValueError(f"{where}(servers={servers}): {why}; take at most {most}.")

@@ -31,10 +31,13 @@ def added(messages: Tree, axis_name: str) -> Tree:
     def wide(message):
         return jax.tree.map(lambda x: x.astype(jnp.float32) if small(x) else x, decode(message))
 
+    if not jax.tree.leaves(messages):
+        return messages
     # One after another: all n decoded at once would take n times the memory.
-    first = jax.eval_shape(lambda m: wide(jax.tree.map(lambda x: x[0], m)), messages)
-    zeros = differing(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first), axis_name)
-    return lax.scan(lambda total, m: (jax.tree.map(jnp.add, total, wide(m)), None), zeros, messages)[0]
+    first, others = (jax.tree.map(lambda x, rows=rows: x[rows], messages) for rows in (0, slice(1, None)))
+    # Of such a type as the sum has, also if a message of nothing but shared seeds is the same on all devices.
+    start = differing(wide(first), axis_name)
+    return lax.scan(lambda total, m: (jax.tree.map(jnp.add, total, wide(m)), None), start, others)[0]
 
 
 def own_key(key: jax.Array | None, axis_name: str) -> jax.Array | None:

@@ -25,12 +25,20 @@ from jax.sharding import PartitionSpec
 
 from jfed import compress, mesh
 from jfed._axis import cut, uncut
-from jfed.collectives import compressed, doubling_all_gather, halving_reduce_scatter
+from jfed.collectives import (
+    compressed,
+    direct_all_gather,
+    direct_reduce_scatter,
+    doubling_all_gather,
+    halving_reduce_scatter,
+)
 
 KINDS = {name: getattr(compressed, name) for name in ("gathered", "two_shot", "ring")}
 BUTTERFLY = functools.partial(
     compressed.in_halves, reduce_scatter=halving_reduce_scatter, all_gather=doubling_all_gather
 )
+DIRECT = functools.partial(compressed.in_halves, reduce_scatter=direct_reduce_scatter, all_gather=direct_all_gather)
+HALVES = {"butterfly": BUTTERFLY, "direct": DIRECT}
 kinds = pytest.mark.parametrize("kind", KINDS)
 KEY = jax.random.key(7)
 
@@ -101,6 +109,28 @@ def test_without_compression_it_is_psum(kind, n):
     assert_same_on_all(totals)
     jax.tree.map(lambda t, x: np.testing.assert_equal((t.dtype, t.shape), (x.dtype, x.shape)), totals, x)
     assert_close(jax.tree.map(lambda t: t[0], totals), exact(x), 1e-5)
+
+
+@kinds
+def test_one_axis_of_a_mesh_of_two_sums_with_types_checked(kind):
+    devices, x = mesh.make((2, 3), ("clients", "model")), trees(6)
+    spec = PartitionSpec(("clients", "model"))
+
+    def local(x):
+        total = KINDS[kind](optax.identity())(jax.tree.map(lambda y: y[0], x), "model", key=KEY, round=0)
+        return jax.tree.map(lambda y: y[None], total)
+
+    found = jax.jit(jax.shard_map(local, mesh=devices, in_specs=spec, out_specs=spec))(x)
+    for name, leaf in x.items():
+        rows = np.asarray(leaf).reshape(2, 3, *leaf.shape[1:]).sum(1)
+        np.testing.assert_allclose(np.asarray(found[name])[::3], rows, atol=1e-5)
+
+
+@kinds
+def test_truth_values_are_counted_and_nothing_is_nothing(kind):
+    found = simulated(lambda x: reducer(KINDS[kind](optax.identity()))({"b": x, "none": {}}))(jnp.ones((3, 2), bool))
+    np.testing.assert_array_equal(found["b"], np.full((3, 2), 3))
+    assert found["b"].dtype == jnp.int32
 
 
 def test_halves_of_a_butterfly_err_by_their_few_encodings():
@@ -182,12 +212,15 @@ def test_two_shots_of_eight_bits_have_the_published_error():
     assert 1.4e-4 < nmse < 1.9e-4  # 1.6e-4 in the source
 
 
-@pytest.mark.parametrize("kind, draws", [*((kind, "key") for kind in KINDS), ("two_shot", "round"), ("ring", "round")])
+DRAWS = [*itertools.product(["two_shot", "ring", *HALVES], ["key", "round"]), ("gathered", "key")]
+
+
+@pytest.mark.parametrize("kind, draws", DRAWS)
 def test_it_is_unbiased_if_the_compressor_is(kind, draws):
     """In `round` it fails if a sum is encoded by what its parts were drawn from."""
     compressor = compress.quantize(1) if draws == "key" else compress.random_k(0.5)
-    x = jax.random.normal(KEY, (3, 12))
-    all_reduce = KINDS[kind](compressor)
+    x = jax.random.normal(KEY, (4 if kind == "butterfly" else 3, 12))
+    all_reduce = (KINDS | HALVES)[kind](compressor)
 
     def once(i):
         return jax.vmap(lambda x: all_reduce(x, "devices", key=jax.random.key(i), round=i), axis_name="devices")(x)[0]
@@ -205,7 +238,7 @@ def test_devices_and_keys_draw_differently(kind):
         jax.vmap(lambda x, k: KINDS[kind](compress.quantize(2))(x, "devices", key=k), (0, None), axis_name="devices")
     )
     a, b = f(x, jax.random.key(0))[0], f(x, jax.random.key(1))[0]
-    assert (a != b).mean() > 0.2
+    assert (a != b).mean() > 0.1  # of six pairs of keys the ring has .14 to .28
     # Four equal inputs, drawn alike, would give no more than four levels.
     assert len(np.unique(np.round(np.asarray(a), 4))) > 4
 

@@ -14,6 +14,9 @@ pytestmark = pytest.mark.slow  # one version of JAX is enough for arithmetic
 every = pytest.mark.parametrize("all_reduce", cost.THEORY, ids=lambda f: f.__name__.removesuffix("_all_reduce"))
 
 
+DEDICATED = collectives.dedicated_servers_all_reduce
+
+
 def shape(d, dtype=jnp.float32):
     return jax.ShapeDtypeStruct((d,), dtype)
 
@@ -54,10 +57,9 @@ def test_volume_and_rounds_equal_theory_on_devices_that_do_not_exist(all_reduce,
     d = 3 * 2**14
     counted = count.all_reduce(all_reduce, n, shape(d))
     assert_as_by_theory(counted, cost.of(all_reduce, n, d), n)
-    if n == 64:
-        handed = count.lowered(*count.over(all_reduce, n, shape(d)))
-        np.testing.assert_array_equal(handed.sent, counted.sent)
-        np.testing.assert_array_equal(handed.received, counted.received)
+    handed = count.lowered(*count.over(all_reduce, n, shape(d)))
+    np.testing.assert_array_equal(handed.sent, counted.sent)
+    np.testing.assert_array_equal(handed.received, counted.received)
 
 
 def test_theory_is_the_notes_table():
@@ -133,6 +135,11 @@ def test_a_tree_of_arrays_costs_as_one_vector_of_each_dtype():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: cost.of(functools.partial(collectives.hierarchical_all_reduce, group=3), 8, 10), "one of .1, 2, 4, 8"),
+        (lambda: cost.of(functools.partial(collectives.torus_all_reduce, rows=0), 8, 10), "rows=0"),
+        (lambda: cost.of(functools.partial(collectives.sharded_servers_all_reduce, servers=9), 8, 10), "at most 8"),
+        (lambda: cost.of(functools.partial(DEDICATED, servers=7), 8, 10), "at most 4"),
+        (lambda: cost.on_a_switch(cost.of(collectives.ring_all_reduce, 4, 10), alpha=-1.0, beta=0.0), "alpha=-1.0"),
         (lambda: cost.of(jax.lax.psum, 4, 10), "there is no theory of it here; take one of one_shot_all_reduce"),
         (lambda: cost.of(collectives.ring_all_reduce, 0, 10), "devices=0"),
         (lambda: cost.of(collectives.ring_all_reduce, 4, 0), "numbers=0"),

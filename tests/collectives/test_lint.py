@@ -2,13 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from jfed import collectives
+from jfed import collectives, mesh, parallel
 from jfed._axis import vary
 from jfed.collectives import lint
 
@@ -197,6 +198,108 @@ def test_a_correct_data_parallel_step_has_no_findings(way):
     assert kinds(step(lambda g: g / 4, varying=False), PARAMETERS, ROWS, check_vma=True, **both) == []
 
 
+SUMS = {
+    "psum": lax.psum,
+    "pmean": lax.pmean,
+    "ring": collectives.ring_all_reduce,
+    "ring over n": lambda x, axis: collectives.ring_all_reduce(x, axis) / 4,
+    "n-th before": lambda x, axis: lax.psum(x * 0.25, axis),
+    "psum_scatter": lambda x, axis: lax.all_gather(lax.psum_scatter(jnp.tile(x, 4), axis, tiled=True), axis)[0],
+}
+LOSSES = {name: SUMS[name] for name in ("psum", "pmean", "ring")}
+
+
+def test_the_sum_of_a_gradient_of_a_loss_that_is_a_sum_is_found_exactly_where_it_is_n_times_too_much():
+    w, x = PARAMETERS, jnp.arange(24.0).reshape(8, 3)
+    options = {"mesh": mesh.make((4,), ("d",)), "in_specs": (P(), P("d")), "out_specs": P()}
+
+    def gradient(of, by):
+        return lambda w, x: SUMS[by](jax.grad(lambda w: LOSSES[of](loss(w, x), "d"))(w), "d")
+
+    ways = {(of, by): gradient(of, by) for of in LOSSES for by in SUMS}
+    together = jax.jit(mesh.shard_map(**options)(lambda w, x: {way: f(w, x) for way, f in ways.items()}))
+    own = [jax.grad(loss)(w, x[2 * i : 2 * i + 2]) for i in range(4)]
+    for (of, by), got in together(w, x).items():
+        times = np.asarray(got / (sum(own) / (4 if of == "pmean" else 1)))
+        np.testing.assert_allclose(times, times[0], rtol=1e-5)
+        found = kinds(ways[of, by], w, x, outs=P(), **both)
+        assert (found, round(float(times[0]), 3)) in [([], 1.0), (["summed twice"], 4.0)], (of, by)
+
+
+def test_it_is_found_after_accumulation_and_a_cast_and_a_clip_and_in_a_later_turn_of_a_loop():
+    def whole(w, x):
+        return lax.psum(loss(w, x), "d")
+
+    def accumulated(w, x):
+        def add_up(total, row):
+            return total + jax.grad(whole)(w, row[None]), None
+
+        return lax.psum(lax.scan(add_up, jnp.zeros(3), x)[0].astype(jnp.bfloat16), "d")
+
+    def clipped(w, x):
+        g = jax.grad(whole)(w, x)
+        return lax.psum(g * jnp.minimum(1.0, 1 / jnp.linalg.norm(g)), "d")
+
+    def late(w, x):
+        def turn(carry, _):
+            w, g = carry
+            return (w - lax.psum(g, "d"), jax.grad(whole)(w, x)), None
+
+        return lax.scan(turn, (w, jnp.zeros(3)), None, length=3)[0][0]
+
+    for f in (accumulated, clipped, late):
+        assert kinds(f, PARAMETERS, ROWS, outs=P(), **both) == ["summed twice"], f
+
+
+def test_what_such_a_gradient_is_used_for_besides_is_none():
+    def whole(w, x):
+        return lax.psum(loss(w, x), "d")
+
+    def own_steps(w, x):  # of parameters that are then the device's own
+        for _ in range(2):
+            w = w - 0.1 * jax.grad(whole)(w, x) / 4
+        return lax.psum(w, "d")
+
+    def sharded(w, x):
+        def turn(w, _):
+            return w - 0.1 * jax.grad(whole)(w, x), lax.psum(loss(w, x), "d")
+
+        return lax.scan(turn, w, None, length=2)[1]
+
+    def recomputed(w, x):
+        scaled = jax.checkpoint(lambda w: loss(w, x) / lax.psum(jnp.ones(()), "d"))
+        return lax.psum(jax.grad(scaled)(w), "d")
+
+    def measured(w, x):
+        return lax.psum(jnp.sum(jax.grad(lambda w: lax.pmean(loss(w, x), "d"))(w) ** 2), "d")[None]
+
+    for f in (own_steps, sharded, recomputed, measured):
+        assert kinds(f, PARAMETERS, ROWS, **both) == [], f
+
+
+METHODS = {
+    "data": lambda f, devices: parallel.data_parallel(f, optax.adam(0.1), workers=devices),
+    "data, by a ring": lambda f, devices: parallel.data_parallel(
+        f, optax.adam(0.1), workers=devices, accumulate=2, all_reduce=collectives.ring_all_reduce
+    ),
+    "zero1": lambda f, devices: parallel.zero1(f, optax.adam(0.1), workers=devices, clip_norm=1.0),
+    "zero2": lambda f, devices: parallel.zero2(f, optax.adam(0.1), workers=devices, accumulate=2),
+    "zero2, by rings": lambda f, devices: parallel.zero2(
+        f, optax.adam(0.1), workers=devices,
+        reduce_scatter=collectives.ring_reduce_scatter, all_gather=collectives.ring_all_gather,
+    ),
+    "diloco": lambda f, devices: parallel.diloco(
+        f, inner=optax.adam(0.1), outer=optax.sgd(0.7, momentum=0.9, nesterov=True), workers=devices, steps=2
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_in_parallel_has_no_findings(name):
+    method = METHODS[name](lambda w, x, key: jnp.sum((x - w[None]) ** 2, axis=1), mesh.make((4,), ("d",)))
+    lint.require(method.round, method.init(PARAMETERS), jnp.ones((16, 3)), jax.random.key(0))
+
+
 TWICE = {
     "psum of a psum": lambda x: add(add(x)),
     "psum of a mean": lambda x: add(lax.pmean(x, "d")),
@@ -205,6 +308,8 @@ TWICE = {
     "the kit's of a psum": lambda x: collectives.ring_all_reduce({"a": add(x)}, "d")["a"],
     "the kit's of the kit's": lambda x: collectives.tree_all_reduce(collectives.ring_all_reduce(x, "d"), "d"),
     "scattered after a sum": lambda x: lax.psum_scatter(jnp.tile(add(x), (2, 1)), "d", tiled=True),
+    "times another number": lambda x: add(add(x)) * 0.125,
+    "a mean and the sum": lambda x: (lambda y: y + y * 0.25)(add(add(x))),
     "in a branch": lambda x: lax.cond(same(x), lambda x: add(x), lambda x: x, add(x)),
     "from turn to turn": lambda x: lax.scan(lambda c, _: (add(c), None), add(x), None, length=2)[0],
 }
@@ -218,6 +323,8 @@ def test_a_sum_over_devices_of_a_sum_over_them_is_found(way):
 ONCE = {
     "the number of devices": lambda x: x / lax.psum(1, "d") / lax.psum(jnp.ones(()), "d"),
     "a mean of a mean": lambda x: lax.pmean(lax.pmean(x, "d"), "d"),
+    "a mean by a product": lambda x: add(add(x)) * 0.25 + (1 / lax.axis_size("d")) * add(add(x)),
+    "a mean by a product of halves": lambda x: add(add(x).astype(jnp.bfloat16)) * jnp.bfloat16(0.25),
     "a mean of what all have": lambda x: lax.pmean(jnp.sqrt(add(x)), "d"),
     "a maximum of a sum": lambda x: lax.pmax(add(x), "d"),
     "with what differs": lambda x: add(x * add(x)),
@@ -232,6 +339,40 @@ ONCE = {
 @pytest.mark.parametrize("way", ONCE)
 def test_a_sum_over_devices_of_what_differs_is_none(way):
     assert kinds(ONCE[way]) == []
+
+
+HALVES = {
+    "ring": (collectives.ring_reduce_scatter, collectives.ring_all_gather),
+    "direct": (collectives.direct_reduce_scatter, collectives.direct_all_gather),
+    "doubling": (collectives.halving_reduce_scatter, collectives.doubling_all_gather),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_the_kits_halves_count_as_those_of_xla(name):
+    scatter, gather = HALVES[name]
+    assert kinds(lambda x: scatter(jnp.tile(add(x[0]), (4, 1)), "d")) == ["summed twice"]
+    assert kinds(lambda x: scatter(jnp.tile(add(x[0]), (4, 1)), "d") / 4) == []
+    assert kinds(lambda x: add(gather(x, "d").sum(axis=0))) == ["summed twice"]
+    assert kinds(decided(lambda x: gather(x, "d").sum() > 1)) == []
+    assert kinds(decided(lambda x: scatter(jnp.tile(x[0], (4, 1)), "d").sum() > 1)) == ["divergent collective"]
+    assert kinds(lambda x: add(scatter(jnp.tile(x[0], (4, 1)), "d"))) == []
+    back = jax.grad(lambda x: jnp.sum(gather(x, "d") * x[0, 0]))
+    assert kinds(decided(lambda x: back(x).sum() > 1)) == ["divergent collective"]
+
+
+def test_a_program_of_the_name_of_a_sum_is_none():
+    def _my_all_reduce(x):
+        return lax.ppermute(x, "d", RING)
+
+    def _ring_all_reduce(x):
+        return lax.ppermute(x, "d", RING)
+
+    for f in (_my_all_reduce, _ring_all_reduce):
+        assert kinds(lambda x, f=f: jax.jit(f)(add(x) + x)) == []
+        assert kinds(lambda x, f=f: add(jax.jit(f)(x))) == []
+        assert kinds(decided(lambda x, f=f: jax.jit(f)(x).sum() > 1)) == ["divergent collective"]
+        assert kinds(lambda x, f=f: jax.jit(f)(add(x))) == []
 
 
 def test_sums_over_one_axis_after_another_are_none():
