@@ -1,10 +1,11 @@
 """How workers join a parameter server, and how they part."""
 
 import contextlib
-import itertools
 import socket
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, wait
 
@@ -70,10 +71,8 @@ def _let_in(
         why = f"the server has workers 0 to {workers - 1}; give one of these numbers."
     elif hello.number in lines:
         why = f"the server has a worker {hello.number} already; give each a number of its own."
-    elif theirs != description:
-        pairs = itertools.zip_longest(description.splitlines(), theirs.splitlines(), fillvalue=b"nothing")
-        mine, other = next((a.decode(), b.decode(errors="replace")) for a, b in pairs if a != b)
-        why = f"the server's params have {mine} and not {other}; make the same model on both sides."
+    elif differs := _wire.difference(description, theirs):
+        why = f"the server's params have {differs}; make the same model on both sides."
     with contextlib.suppress(*_wire.LOST):
         if why:
             _wire.send(line, _wire.REFUSED, 0, 0.0, why.encode())
@@ -87,8 +86,35 @@ def _let_in(
         warnings.warn(f"serve: worker {hello.number} was turned away: {why}", stacklevel=4)
 
 
+@contextlib.contextmanager
+def reassured(lines: dict[int, Connection], beat: float) -> Iterator[threading.Lock]:
+    """Tells all workers every `beat` seconds that the server lives, however long it is at something else.
+
+    Whoever writes to a line, or adds or takes one, must hold the lock.
+    """
+    lock, over = threading.Lock(), threading.Event()
+
+    def tell_all() -> None:
+        while not over.wait(beat):
+            with lock:
+                for line in lines.values():
+                    with contextlib.suppress(*_wire.LOST):  # `serve` notices when it reads
+                        _wire.send(line, _wire.BUSY)
+
+    thread = threading.Thread(target=tell_all, daemon=True)
+    thread.start()
+    try:
+        yield lock
+    finally:
+        over.set()
+        thread.join()
+
+
 def take_leave(lines: dict[int, Connection], sent: list[int]) -> None:
-    """Tells all workers that it is over, and hears them out, since a socket closed too soon takes the news along."""
+    """Tells all workers that it is over, and reads what they still send, until they hang up.
+
+    To close a socket that has unread bytes resets it, and the worker might lose the last message.
+    """
     for worker, line in lines.items():
         with contextlib.suppress(*_wire.LOST):
             _wire.send(line, _wire.DONE, sent[worker])

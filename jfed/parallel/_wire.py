@@ -1,9 +1,12 @@
-"""Messages of a parameter server over TCP: raw arrays behind a header of twelve bytes, never a pickle.
+"""Messages of a parameter server over TCP: raw arrays behind a header of sixteen bytes, never a pickle.
 
 The transport is `multiprocessing.connection` of the standard library, with its mutual challenge of a shared key. Every
-wait on a socket ends: a process that dies closes it, and the kernel gives up where nothing moves for too long.
+wait on a socket ends: at once if the process at the other end dies, else when no byte has moved for so many seconds.
+For POSIX systems only, where SO_RCVTIMEO and SO_SNDTIMEO take two C longs.
 """
 
+import hashlib
+import itertools
 import socket
 import struct
 import sys
@@ -21,8 +24,9 @@ HELLO, WELCOME, PARAMS, GRADIENT, BUSY, DONE, REFUSED = (bytes([i]) for i in ran
 LOST = (EOFError, OSError)
 """What reading or writing raises when the other side is gone, silent for too long, or not speaking this language."""
 
-_HEADER = struct.Struct("<cxxxIf")  # kind, a number, a loss
+_HEADER = struct.Struct("<cxxxId")  # kind, a number, a loss
 _TEXT = 2**16  # bytes; descriptions of params and refusals
+_DIGEST = hashlib.sha256().digest_size
 _HANDSHAKE = 10.0  # seconds
 
 
@@ -49,10 +53,21 @@ def receive(line: Connection, size: int = 0) -> Message:
 
 
 def describe(tree: Tree) -> bytes:
-    """The structure of a tree of arrays in words, a line a leaf; both sides must say the same."""
+    """The structure of a tree of arrays: its SHA-256, then words, a line a leaf, as far as there is room."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     words = [f"{jax.tree_util.keystr(path)} {np.dtype(x.dtype).name}{list(x.shape)}" for path, x in leaves]
-    return "\n".join([f"{sys.byteorder}-endian", *words]).encode()[:_TEXT]
+    text = "\n".join([f"{sys.byteorder}-endian", *words]).encode()
+    return hashlib.sha256(text).digest() + text[: _TEXT - _DIGEST]
+
+
+def difference(one: bytes, other: bytes) -> str:
+    """The first line in which two descriptions differ, or "" if they describe the same."""
+    if one == other:
+        return ""
+    lines = [x[_DIGEST:].decode(errors="replace").splitlines() for x in (one, other)]
+    pairs = itertools.zip_longest(*lines, fillvalue="nothing")
+    beyond = f"other leaves after the first {len(lines[0])}"
+    return next((f"{a} and not {b}" for a, b in pairs if a != b), f"{beyond}, too many to name,")
 
 
 def pack(tree: Tree) -> bytes:
@@ -66,7 +81,7 @@ def unpack(payload: memoryview, like: Tree) -> Tree:
     ends = np.cumsum([x.nbytes for x in leaves]).tolist()
     if len(payload) != (ends[-1] if ends else 0):
         raise OSError("a message of another length than the params")
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends][:-1]
     arrays = [
         np.frombuffer(payload[a:b], np.dtype(x.dtype)).reshape(x.shape)
         for a, b, x in zip(starts, ends, leaves, strict=True)

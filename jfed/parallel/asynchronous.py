@@ -10,8 +10,9 @@ from a distribution of speeds, `recorded` replays what happened, in a simulation
 Batches are drawn from the run's seed, the worker and the worker's own count, never from the order of arrival. The
 seed is drawn from the key of the run's first round, so that runs of different keys differ in batches and speeds.
 
-Source: Dean et al. 2012, "Large scale distributed deep networks"; bounded staleness: Ho et al. 2013, "More effective
-distributed ML via a stale synchronous parallel parameter server"; buffers: Dutta et al. 2018 (arXiv:1803.01113).
+Source: Dean et al. 2012, "Large scale distributed deep networks" (NeurIPS); bounded staleness: Ho et al. 2013, "More
+effective distributed ML via a stale synchronous parallel parameter server" (NeurIPS); buffers: Dutta et al. 2018
+(arXiv:1803.01113).
 
 Letters: n workers, K gradients to a step of the server, T gradients, B examples in a batch, E examples.
 """
@@ -56,8 +57,8 @@ class Arrivals(NamedTuple):
 class State(NamedTuple):
     """Of a run with a parameter server."""
 
-    server: _server.Server
-    queue: Tree  # of the arrivals
+    server: _server.Server  # the latest model, and leaves [n, ...] of those that workers compute with
+    queue: Tree  # of the arrivals; `simulated`: [n] each, `recorded`: ()
     sent: jax.Array  # [n] int32, gradients that arrived from each worker
     seed: jax.Array  # [] uint32, from the key of the first round
     round: jax.Array  # [] int32, gradients that arrived
@@ -82,11 +83,15 @@ def asynchronous(
       * One worker is plain descent; `simulated(..., bound=0)` with `buffer=workers` is synchronous data-parallel
         descent on the workers' batches put together, for any optimizer.
       * The model and every loss are determined by the trace, the run's key, and what is passed here.
-      * Nothing is dropped: a gradient that is not finite makes the model so.
+      * Nothing is dropped: a gradient that is not finite makes the model so. An event whose `seconds` are not finite,
+        since no worker ever arrives or a recorded trace is at its end, makes the model NaN.
+      * Memory: n + 1 models and the states of optimizer and correction, with K > 1 one more in float32 or better,
+        beside what a step of plain descent takes. In a scan, or with the state donated, an event copies a few models,
+        however many n is.
 
     Args:
-      loss: `(params, batch, key) -> [B]` or a number; a gradient is that of the mean.
-      optimizer: of the server.
+      loss: `(params, batch, key) -> [B]` or their mean, []; a gradient is that of the mean.
+      optimizer: of the server; it is also given `value`, the mean of the K losses that workers found.
       workers: n.
       arrivals: `simulated(...)` or `recorded(...)`.
       batch: `(examples, key, worker) -> batch`, pure; `random_batch(B)` for one.
@@ -101,7 +106,8 @@ def asynchronous(
       `seconds` since the event before, and `fetched`, [n] bool.
 
     Raises:
-      ValueError: if `workers` or `buffer` is not a whole number of at least 1, or the arrivals are of other workers.
+      ValueError: if `workers` or `buffer` is not a whole number of at least 1, `optimizer` or `correction` is no optax
+        transform, or the arrivals are of other workers; when traced, if the loss has another shape.
 
     >>> from jfed import availability
     >>> arrivals = simulated(availability.lognormal(1.0, sigma=0.0))
@@ -121,9 +127,8 @@ def asynchronous(
     -0.25 0 1 1.0
     """
     _validate.at_least_one("asynchronous", "workers", workers, "one is plain descent")
-    _validate.at_least_one("asynchronous", "buffer", buffer, "1 steps at every gradient")
-    parts = _server.Parts(optimizer, optax.identity() if correction is None else correction, buffer)
-    gradient_of = _server.gradient_of(loss, batch)
+    parts = _server.parts_of("asynchronous", optimizer, correction, buffer)
+    gradient_of = _server.gradient_of("asynchronous", loss, batch)
     arrivals.init(workers)
 
     def init_fn(params: Tree) -> State:
@@ -139,13 +144,18 @@ def asynchronous(
         seed = jnp.where(state.round == 0, _server.seed_of(key), state.seed)
         queue, event = arrivals.next(state.queue, state.sent, seed, state.round)
         worker = event.worker
-        stale = _server.held_by(state.server, worker)
+        server = _server.stored(state.server)
+        stale = _server.held_by(server, worker)
         value, gradient = gradient_of(stale, examples, seed, worker, state.sent[worker])
-        server, age = _server.receive(parts, state.server, worker, gradient)
+        happens = jnp.where(jnp.isfinite(event.seconds), 1.0, jnp.nan)
+        gradient = jax.tree.map(lambda g: g * happens.astype(g.dtype), gradient)
+        # As between processes, so that rounding does not depend on how arrivals are computed.
+        gradient = jax.lax.optimization_barrier(gradient)
+        server, age = _server.receive(parts, server, worker, gradient, value)
         state = State(_server.fetch(server, event.fetched), queue, state.sent.at[worker].add(1), seed, state.round + 1)
         return state, {"loss": value, "staleness": age} | event._asdict()
 
-    return Algorithm(init_fn, round_fn, lambda state: _server.params_of(state.server))
+    return Algorithm(init_fn, round_fn, lambda state: state.server.params)
 
 
 class _Queue(NamedTuple):
@@ -165,11 +175,14 @@ def simulated(duration: Duration, bound: int | None = None) -> Arrivals:
 
     Args:
       duration: seconds a worker takes from fetching to arrival, all included; it is asked for a cohort whose ids are
-        the workers' numbers, with one step and one example each (`jfed.availability`). What is not above 0 counts as 0.
+        the workers' numbers, with one step and one example each (`jfed.availability`). What is below 0 counts as 0, NaN
+        as infinite: the worker never arrives. Once nobody does, events are infinitely many seconds apart, and what they
+        train is NaN.
       bound: s; None for no bound.
 
     Raises:
-      ValueError: if `bound` is not None or a whole number of at least 0, or a first duration is not finite.
+      ValueError: if `duration` is no function, `bound` is not None or a whole number of at least 0, or a first duration
+        is not finite.
 
     >>> from jfed import availability
     >>> slow_and_fast = availability.per_step([1.0, 0.25])
@@ -178,6 +191,11 @@ def simulated(duration: Duration, bound: int | None = None) -> Arrivals:
     >>> print(trace(simulated(slow_and_fast, bound=1), workers=2, key=jax.random.key(0), length=6).worker)
     [1 1 0 1 0 1]
     """
+    if not callable(duration):
+        raise ValueError(
+            f"simulated(duration={duration!r}): give a function (key, cohort) -> seconds [C], such as "
+            "jfed.availability.lognormal(1.0)."
+        )
     _server.check_bound("simulated", bound)
 
     def durations(sent: jax.Array, seed: jax.Array) -> jax.Array:
@@ -203,7 +221,7 @@ def simulated(duration: Duration, bound: int | None = None) -> Arrivals:
     def next_fn(queue: _Queue, sent: jax.Array, seed: jax.Array, t: jax.Array) -> tuple[_Queue, Event]:
         def away(sent):
             seconds = durations(sent, seed)
-            return jnp.where(seconds > 0, seconds, 0.0)
+            return jnp.where(jnp.isnan(seconds), jnp.inf, jnp.maximum(seconds, 0.0))
 
         due = jnp.where(t == 0, away(sent), queue.due)
         elapsed = jnp.min(due)
@@ -213,7 +231,8 @@ def simulated(duration: Duration, bound: int | None = None) -> Arrivals:
         waits = queue.waits.at[worker].set(True)
         fetched = waits if bound is None else waits & (sent - jnp.min(sent) <= bound)
         waits &= ~fetched
-        due = jnp.where(fetched, away(sent), jnp.where(waits, jnp.inf, due - elapsed))
+        never = waits | jnp.isinf(due)
+        due = jnp.where(fetched, away(sent), jnp.where(never, jnp.inf, due - elapsed))
         return _Queue(due, jnp.where(fetched, t + 1, queue.order), waits), Event(worker, fetched, elapsed)
 
     return Arrivals(init_fn, next_fn)
@@ -222,14 +241,22 @@ def simulated(duration: Duration, bound: int | None = None) -> Arrivals:
 def recorded(trace: Trace) -> Arrivals:
     """The arrivals of a trace once more, bit for bit.
 
-    Beyond its end `seconds` is NaN, and its last event is repeated.
+    Beyond its end its last event is repeated, `seconds` is NaN, and so is the model.
 
     Args:
       trace: of a simulation (its metrics, or `trace`) or of real processes (`serve`).
 
     Raises:
-      ValueError: if the trace is empty, its shapes do not fit each other or it names workers there are not; from
-        `asynchronous`, if it is of another number of workers.
+      ValueError: if the trace is empty, its shapes do not fit each other, it names workers there are not, or one sends
+        twice and does not fetch in between; from `asynchronous`, if it is of another number of workers.
+
+    >>> from jfed import availability
+    >>> happened = trace(
+    ...     simulated(availability.per_step([1.0, 0.25])), workers=2, key=jax.random.key(0), length=6
+    ... )
+    >>> again = trace(recorded(happened), workers=2, key=jax.random.key(1), length=6)
+    >>> print(again.worker, again.seconds)
+    [1 1 1 0 1 1] [0.25 0.25 0.25 0.25 0.   0.25]
     """
     worker, fetched, seconds = (np.asarray(x) for x in trace)
     n = fetched.shape[-1]
@@ -240,6 +267,15 @@ def recorded(trace: Trace) -> Arrivals:
         )
     if worker.min() < 0 or worker.max() >= n:
         raise ValueError(f"recorded(trace): workers {worker.min()} to {worker.max()} must lie in [0, {n}).")
+    for one in range(n):
+        sends = np.flatnonzero(worker == one)
+        fetches = np.cumsum(np.append(0, fetched[:, one]))[sends]  # before it sends
+        again = np.flatnonzero(fetches[1:] == fetches[:-1])
+        if again.size:
+            raise ValueError(
+                f"recorded(trace): worker {one} sends at event {sends[again[0] + 1]} and has not fetched since it sent "
+                f"at {sends[again[0]]}; take all events of one run."
+            )
     events = Event(worker.astype(np.int32), fetched.astype(bool), seconds.astype(np.float32))
 
     def init_fn(workers: int) -> Tree:
@@ -258,7 +294,7 @@ def trace(arrivals: Arrivals, *, workers: int, key: jax.Array, length: int) -> T
     """The arrivals alone, with nothing trained: those of a run (`jfed.run`) with this key.
 
     Args:
-      arrivals: `simulated(...)`.
+      arrivals: `simulated(...)` or `recorded(...)`.
       workers: n.
       key: the run's.
       length: T.
@@ -290,6 +326,10 @@ def random_batch(size: int) -> Callable:
 
     Raises:
       ValueError: if `size` is not a whole number of at least 1.
+
+    >>> batch = random_batch(4)({"x": jnp.zeros((10, 3)), "y": jnp.arange(10)}, jax.random.key(0), 0)
+    >>> print(batch["x"].shape, batch["y"].shape)
+    (4, 3) (4,)
     """
     _validate.at_least_one("random_batch", "size", size, "32 is usual")
 

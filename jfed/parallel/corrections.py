@@ -46,10 +46,10 @@ def delay_compensation(strength: float) -> optax.GradientTransformationExtraArgs
     """`g + lambda g * g * (w - w_stale)`, coordinate by coordinate (DC-ASGD-c, Zheng et al. 2017, arXiv:1609.08326).
 
     A first-order step from the gradient at `w_stale` to that at today's `w`, with `lambda g * g` for the diagonal of
-    the Hessian.
+    the Hessian; of a complex g, `g * conj(g)` stands for `g * g`.
 
     Args:
-      strength: lambda, at least 0; 0.04 is usual.
+      strength: lambda, at least 0.
 
     Raises:
       ValueError: if `strength` is not a finite number of at least 0.
@@ -59,11 +59,15 @@ def delay_compensation(strength: float) -> optax.GradientTransformationExtraArgs
     >>> print(correct.update(jnp.array(4.0), correct.init(w), w, stale=w_stale)[0])
     12.0
     """
-    _validate.at_least_zero("delay_compensation", "strength", strength, "0.04 is usual")
+    _validate.at_least_zero("delay_compensation", "strength", strength, "0 corrects nothing")
 
     def update_fn(gradient: Tree, state: Tree, params: Tree, *, stale: Tree, **extra) -> tuple[Tree, Tree]:
         del extra
-        return jax.tree.map(lambda g, w, old: g + strength * g * g * (w - old), gradient, params, stale), state
+
+        def one(g, w, old):
+            return g + jnp.asarray(strength, g.dtype) * g * jnp.conj(g) * (w - old)
+
+        return jax.tree.map(one, gradient, params, stale), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
 
@@ -76,27 +80,36 @@ def adaptive_delay_compensation(
     `v <- decay v + (1 - decay) g * g` before it is used, from 0; one v for the gradients of all workers.
 
     Args:
-      strength: lambda, at least 0; the paper takes 2 on CIFAR-10.
+      strength: lambda, at least 0.
       decay: in [0, 1].
       eps: above 0.
 
     Raises:
       ValueError: if an argument is out of its bounds.
+
+    >>> correct = adaptive_delay_compensation(0.5, decay=0.0)
+    >>> w, w_stale = jnp.array(3.0), jnp.array(2.0)
+    >>> print(correct.update(jnp.array(4.0), correct.init(w), w, stale=w_stale)[0])
+    6.0
     """
-    _validate.at_least_zero("adaptive_delay_compensation", "strength", strength, "2 is the paper's")
-    _validate.within("adaptive_delay_compensation", "decay", decay, 0.0, 1.0, "0.95 is the paper's")
-    _validate.positive("adaptive_delay_compensation", "eps", eps, "1e-7 is the paper's")
+    _validate.at_least_zero("adaptive_delay_compensation", "strength", strength, "0 corrects nothing")
+    _validate.within("adaptive_delay_compensation", "decay", decay, 0.0, 1.0, "a good start is 0.95")
+    _validate.positive("adaptive_delay_compensation", "eps", eps, "a good start is 1e-7")
 
     def init_fn(params: Tree) -> Tree:
         return jax.tree.map(jnp.zeros_like, params)
 
     def update_fn(gradient: Tree, v: Tree, params: Tree, *, stale: Tree, **extra) -> tuple[Tree, Tree]:
         del extra
-        v = jax.tree.map(lambda v, g: decay * v + (1 - decay) * g * g, v, gradient)
+
+        def moved(v, g):
+            return (decay * v + (1 - decay) * g * jnp.conj(g)).astype(v.dtype)
 
         def one(g, v, w, old):
-            return g + strength / jnp.sqrt(v + eps) * g * g * (w - old)
+            rate = jnp.asarray(strength / jnp.sqrt(v + eps), g.dtype)
+            return g + rate * g * jnp.conj(g) * (w - old)
 
+        v = jax.tree.map(moved, v, gradient)
         return jax.tree.map(one, gradient, v, params, stale), v
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

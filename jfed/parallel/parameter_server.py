@@ -32,9 +32,9 @@ from jfed.parallel.asynchronous import Trace
 class Served(NamedTuple):
     """What a parameter server ends with."""
 
-    params: Tree
+    params: Tree  # the model
     trace: Trace  # of the T gradients, `seconds` those of the clock on the wall
-    losses: np.ndarray  # [T] float32, of each batch at the model it was computed at
+    losses: np.ndarray  # [T] float64, of each batch at the model it was computed at
     lost: tuple[int, ...]  # workers that did not make it to the end
 
 
@@ -51,7 +51,7 @@ def serve(
     correction: optax.GradientTransformation | None = None,
     buffer: int = 1,
     timeout: float = 60.0,
-    report: Callable[[int, dict], None] | None = None,
+    report: Callable[[int, dict, Callable[[], Tree]], None] | None = None,
 ) -> Served:
     """Serves `params` to n workers until T gradients have arrived.
 
@@ -63,20 +63,20 @@ def serve(
         and the optimizer, correction and buffer here, gives these losses and params, up to float rounding.
 
     Args:
-      optimizer: of the server.
+      optimizer: of the server; it is also given `value`, the mean of the K losses that workers found.
       params: the initial model.
       address: `(host, port)` to listen at; "127.0.0.1" is seen by this machine only, "" by all networks. The key
         says who may join, but nothing is encrypted.
       authkey: a secret shared with the workers.
       workers: n.
-      rounds: T.
+      rounds: T, of gradients, a multiple of K.
       key: the run's; workers are told what they need of it.
       bound: gradients a worker may be ahead of the slowest when it fetches; None for any number.
       correction: as in `asynchronous`.
       buffer: K.
       timeout: seconds to wait for all workers to join, and for a worker's next gradient.
-      report: called with the gradients that have arrived and `{"loss", "worker", "staleness", "seconds"}` after each;
-        all wait while it runs.
+      report: called after each gradient with how many have arrived, `{"loss", "worker", "staleness", "seconds"}`, and a
+        function that returns the latest model. Gradients wait while it runs, however long; no worker is given up.
 
     Returns:
       A `Served`.
@@ -100,19 +100,26 @@ def serve(
     whole = functools.partial(_validate.at_least_one, "serve")
     whole("workers", workers, "they are numbered from 0")
     whole("rounds", rounds, "it counts gradients")
-    whole("buffer", buffer, "1 steps at every gradient")
+    parts = _server.parts_of("serve", optimizer, correction, buffer)
+    if rounds % buffer:
+        raise ValueError(
+            f"serve(rounds={rounds}, buffer={buffer}): the last {rounds % buffer} gradients would make no step; take "
+            f"rounds={rounds + buffer - rounds % buffer}."
+        )
     _server.check_bound("serve", bound)
     _check("serve", address, authkey, timeout)
     params = jax.tree.map(_server.strong, params)
-    parts = _server.Parts(optimizer, optax.identity() if correction is None else correction, buffer)
     seed = int(_server.seed_of(_server.first_key(key)))
     server = _server.start(parts, params, workers)
     # Compiled before anybody joins, so that no worker waits for it.
-    number, nobody = np.int32(0), np.zeros(workers, bool)
-    receive = jax.jit(functools.partial(_server.receive, parts), donate_argnums=0)
-    receive = receive.lower(server, number, params).compile()
+    number, nobody, loss = np.int32(0), np.zeros(workers, bool), np.zeros((), jnp.zeros(()).dtype)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def receive_fn(server, worker, gradient, value):
+        return _server.receive(parts, _server.stored(server), worker, gradient, value)
+
+    receive = receive_fn.lower(server, number, params, loss).compile()
     fetch = jax.jit(_server.fetch, donate_argnums=0).lower(server, nobody).compile()
-    latest = jax.jit(_server.params_of).lower(server).compile()
 
     lines = _joining.gather(address, authkey, workers, timeout, _wire.describe(params), seed)
     size, beat = sum(x.nbytes for x in jax.tree.leaves(params)), min(1.0, timeout / 4)
@@ -121,7 +128,8 @@ def serve(
     heard = [time.monotonic()] * workers
 
     def lose(worker: int, why: str) -> None:
-        lines.pop(worker).close()
+        with lock:
+            lines.pop(worker).close()
         waits.discard(worker)
         lost.append(worker)
         after = f"serve: worker {worker} {why} after {len(events)} of {rounds} gradients"
@@ -131,7 +139,8 @@ def serve(
 
     def tell(worker: int, *message) -> None:
         try:
-            _wire.send(lines[worker], *message)
+            with lock:
+                _wire.send(lines[worker], *message)
         except _wire.LOST:
             lose(worker, "was lost")
 
@@ -143,13 +152,13 @@ def serve(
             if events:  # at first all have the initial model
                 events[-1][1][:] |= fetched
                 server = fetch(server, fetched)
-            model = _wire.pack(latest(server))
+            model = _wire.pack(server.params)
             for worker in sorted(free):
                 heard[worker] = time.monotonic()
                 tell(worker, _wire.PARAMS, sent[worker], 0.0, model)
 
     def take(worker: int) -> None:
-        nonlocal server, before
+        nonlocal server, before, heard
         try:
             message = _wire.receive(lines[worker], size)
             if message.kind != _wire.GRADIENT or message.number != sent[worker] or worker in waits:
@@ -158,42 +167,39 @@ def serve(
         except _wire.LOST:
             return lose(worker, "was lost")
         now = time.monotonic()
-        server, age = receive(server, np.int32(worker), gradient)
+        with np.errstate(over="ignore"):  # a float64 loss, of workers that have them, where the server has not
+            value = np.asarray(message.value, loss.dtype)
+        server, age = receive(server, np.int32(worker), gradient, value)
         events.append((worker, nobody.copy(), now - before, message.value))
         sent[worker] += 1
         waits.add(worker)
         if report is not None:
             row = {"loss": message.value, "worker": worker, "staleness": int(age), "seconds": now - before}
-            report(len(events), row)
+            report(len(events), row, lambda: jax.tree.map(jnp.copy, server.params))
+            heard = [at + time.monotonic() - now for at in heard]
         before = now
 
     try:
-        before = beaten = time.monotonic()
-        release()
-        while len(events) < rounds:
-            who = {line: worker for worker, line in lines.items()}
-            for line in wait(list(who), beat):
-                if len(events) < rounds and who[line] in lines:
-                    take(who[line])
+        with _joining.reassured(lines, beat) as lock:
+            before = time.monotonic()
+            release()
+            while len(events) < rounds:
+                who = {line: worker for worker, line in lines.items()}
+                for line in wait(list(who), beat):
+                    if len(events) < rounds and who[line] in lines:
+                        take(who[line])
+                        release()
+                now = time.monotonic()
+                for worker in [w for w in lines if w not in waits and now - heard[w] > timeout]:
+                    lose(worker, f"has been silent for {timeout:g} s")
                     release()
-            now = time.monotonic()
-            for worker in [w for w in lines if w not in waits and now - heard[w] > timeout]:
-                lose(worker, f"has been silent for {timeout:g} s")
-                release()
-            if now - beaten > beat:
-                beaten = now
-                for worker in sorted(waits):
-                    if worker in lines:
-                        tell(worker, _wire.BUSY)
-                release()
-        params = latest(server)
         _joining.take_leave(lines, sent)
     finally:
         for line in lines.values():
             line.close()
     worker, fetched, seconds, losses = (np.array(column) for column in zip(*events, strict=True))
     trace = Trace(worker.astype(np.int32), fetched, seconds.astype(np.float32))
-    return Served(params, trace, losses.astype(np.float32), tuple(lost))
+    return Served(server.params, trace, losses, tuple(lost))
 
 
 def work(
@@ -210,7 +216,7 @@ def work(
     """Computes gradients for the server at `address` until it has enough.
 
     Args:
-      loss: `(params, batch, key) -> [B]` or a number, as in `asynchronous`.
+      loss: `(params, batch, key) -> [B]` or their mean, [], as in `asynchronous`.
       params: any of the model's shapes and dtypes; its values are the server's.
       examples: what batches are cut from; of all workers alike, if the run is to be replayed.
       batch: `(examples, key, worker) -> batch`, as in `asynchronous`.
@@ -223,7 +229,7 @@ def work(
       How many of its gradients the server took.
 
     Raises:
-      ValueError: if an argument is out of its bounds.
+      ValueError: if an argument is out of its bounds, or the loss has another shape.
       ConnectionError: if there is no such server, it does not let the worker in, or it is lost.
     """
     where = f"work(address={address!r}, worker={worker!r})"
@@ -231,7 +237,7 @@ def work(
         raise ValueError(f"work(worker={worker!r}): worker must be a whole number of at least 0, below the server's n.")
     _check("work", address, authkey, timeout)
     params, examples = jax.tree.map(_server.strong, params), jax.tree.map(jnp.asarray, examples)
-    gradient_of = jax.jit(_server.gradient_of(loss, batch))
+    gradient_of = jax.jit(_server.gradient_of("work", loss, batch))
     gradient_of = gradient_of.lower(params, examples, np.uint32(0), np.int32(0), np.int32(0)).compile()
     try:
         line = _wire.connect(address, authkey, timeout)
@@ -242,6 +248,7 @@ def work(
             f"{where}: no parameter server answers there ({error}); start serve(...) first, or correct the address."
         ) from None
     size, count, seed = sum(x.nbytes for x in jax.tree.leaves(params)), 0, np.uint32(0)
+    answer = None  # what is not sent yet
     with line:
         try:
             _wire.send(line, _wire.HELLO, int(worker), 0.0, _wire.describe(params))
@@ -253,12 +260,12 @@ def work(
                 elif message.kind == _wire.PARAMS:
                     model = jax.tree.map(jnp.asarray, _wire.unpack(message.payload, params))
                     value, gradient = gradient_of(model, examples, seed, np.int32(worker), np.int32(message.number))
-                    answer = _wire.pack(gradient)
-                    if not line.poll():  # else the server has enough, or is gone
-                        _wire.send(line, _wire.GRADIENT, message.number, float(value), answer)
-                        count = message.number + 1
+                    answer = message.number, float(value), _wire.pack(gradient)
                 elif message.kind != _wire.BUSY:
                     raise OSError("a message of no known kind")
+                if answer is not None and not line.poll():  # what came meanwhile may be that the server has enough
+                    _wire.send(line, _wire.GRADIENT, *answer)
+                    count, answer = answer[0] + 1, None
         except _wire.LOST:
             raise ConnectionError(
                 f"{where}: the server was lost after {count} gradients of this worker; see what it says, and start all "

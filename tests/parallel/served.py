@@ -30,20 +30,24 @@ def loss(params, batch, key):
     return (jnp.tanh(batch["x"] @ params["in"]) @ params["out"] - batch["y"]) ** 2
 
 
-def slowly(examples, key, worker):
-    """The same batches, one in at least 5 ms."""
-    io_callback(lambda: time.sleep(0.005), None)
-    return BATCH(examples, key, worker)
+def slowly(seconds):
+    """The same batches, one in at least so many seconds."""
+
+    def batch(examples, key, worker):
+        io_callback(lambda: time.sleep(seconds), None)
+        return BATCH(examples, key, worker)
+
+    return batch
 
 
 if __name__ == "__main__":
     place = {"address": ("127.0.0.1", int(sys.argv[2])), "authkey": AUTHKEY}
     if sys.argv[1] in ("worker", "slow"):
-        batch = BATCH if sys.argv[1] == "worker" else slowly
+        batch = BATCH if sys.argv[1] == "worker" else slowly(0.005)
         print(work(loss, params(), examples(), batch=batch, worker=int(sys.argv[3]), **place))
     else:
 
-        def report(t, row):
+        def report(t, row, params):
             if t == 10:
                 print("busy", flush=True)
 

@@ -191,10 +191,124 @@ def test_a_fresh_state_can_be_donated():
     assert int(state.round) == 30
 
 
-def test_beyond_a_recorded_trace_time_is_not_a_number():
+def test_beyond_a_recorded_trace_neither_time_nor_the_model_is_a_number():
     short = Trace(np.array([0]), np.array([[True] * N]), np.array([1.0]))
-    seconds = train(make(optax.sgd(0.1), recorded(short)), 2)[1]["seconds"]
-    assert seconds[0] == 1 and np.isnan(seconds[1])
+    method = make(optax.sgd(0.1), recorded(short))
+    state, metrics = train(method, 1)
+    assert metrics["seconds"] == 1 and np.all(np.isfinite(method.params(state)["w"]))
+    state, metrics = train(method, 2)
+    assert np.isnan(metrics["seconds"][1]) and np.all(np.isnan(method.params(state)["w"]))
+
+
+def after_the_first(*seconds):
+    """Of each worker; a first gradient, known by its key, takes a second."""
+
+    def data(seed):
+        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _streams.CLOCK), 0))
+
+    def duration(key, cohort):
+        firsts = jnp.stack([data(0), data(seed_of(KEY))])  # of the check at construction, and of the run
+        first = jnp.any(jnp.all(firsts == jax.random.key_data(key)[None], 1))
+        return jnp.where(first, 1.0, jnp.array(seconds)[cohort.ids])
+
+    return duration
+
+
+def test_who_takes_no_number_of_seconds_never_arrives_and_who_takes_less_than_none_takes_none():
+    happened = trace(simulated(after_the_first(0.5, jnp.nan, -3.0)), workers=3, key=KEY, length=8)
+    np.testing.assert_array_equal(happened.worker, [0, 1, 2, 2, 2, 2, 2, 2])
+    np.testing.assert_array_equal(happened.seconds, [1.0, 0, 0, 0, 0, 0, 0, 0])
+    happened = trace(simulated(after_the_first(0.5, jnp.nan, jnp.inf)), workers=3, key=KEY, length=6)
+    np.testing.assert_array_equal(happened.worker, [0, 1, 2, 0, 0, 0])
+    np.testing.assert_array_equal(happened.seconds, [1.0, 0, 0, 0.5, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("bound", [None, 0])
+def test_once_nobody_ever_arrives_the_model_is_not_a_number(bound):
+    method = make(optax.sgd(0.1), simulated(after_the_first(jnp.inf, jnp.nan), bound), workers=2)
+    state, metrics = train(method, 2)
+    assert np.all(np.isfinite(metrics["seconds"])) and np.all(np.isfinite(method.params(state)["w"]))
+    state, metrics = train(method, 5)
+    np.testing.assert_array_equal(metrics["seconds"], [1, 0, np.inf, np.inf, np.inf])
+    assert np.all(np.isnan(method.params(state)["w"]))
+
+
+@pytest.mark.parametrize("buffer", [1, 3])
+def test_what_an_event_takes_does_not_grow_with_the_workers(buffer):
+    params = jnp.zeros(10_000)
+
+    def bytes_of(workers):
+        method = asynchronous(
+            lambda w, x, key: jnp.sum((w - x) ** 2),
+            optax.sgd(0.1),
+            workers=workers,
+            arrivals=simulated(HEAVY),
+            batch=lambda x, key, worker: x,
+            buffer=buffer,
+        )
+
+        def scanned(state):
+            return jax.lax.scan(lambda state, _: method.round(state, jnp.ones(1), KEY), state, length=5)
+
+        compiled = jax.jit(scanned, donate_argnums=0).lower(method.init(params)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = bytes_of(2), bytes_of(32)
+    assert few >= params.nbytes / 2 and many - few < params.nbytes  # of the 30 models more there are
+
+
+def test_a_buffer_of_bfloat16_gradients_adds_them_all_up():
+    gradients = 512
+    method = asynchronous(
+        lambda w, x, key: w,
+        optax.sgd(1.0),
+        workers=2,
+        arrivals=simulated(HEAVY),
+        batch=lambda x, key, worker: x,
+        buffer=gradients,
+    )
+    state, _ = train(method, gradients, jnp.zeros((), jnp.bfloat16))
+    assert method.params(state).dtype == jnp.bfloat16 and method.params(state) == -1
+
+
+@pytest.mark.parametrize("buffer", [1, 2])
+def test_the_servers_optimizer_is_told_the_mean_loss(buffer):
+    def update_fn(updates, state, params, *, value):
+        return jax.tree.map(lambda g: -0.1 * g, updates), value
+
+    told = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update_fn)
+    state, metrics = train(make(told, simulated(HEAVY), buffer=buffer), 6)
+    np.testing.assert_allclose(state.server.optimizer, np.mean(metrics["loss"][-buffer:]), rtol=1e-6)
+
+
+def test_an_optimizer_may_keep_a_key():
+    optimizer = optax.chain(optax.add_noise(0.1, 0.5, key=jax.random.key(0)), optax.sgd(0.1))
+    state, _ = train(make(optimizer, simulated(HEAVY), buffer=2), 4)
+    assert int(state.server.steps) == 2
+
+
+def test_models_without_numbers_are_trained():
+    def nothing(params, batch, key):
+        return batch["y"] ** 2
+
+    for params in ({}, {"none": None}):
+        method = asynchronous(
+            nothing, optax.adam(0.1), workers=2, arrivals=simulated(HEAVY), batch=random_batch(5), buffer=2
+        )
+        state, metrics = train(method, 4, params)
+        assert method.params(state) == params and np.all(metrics["loss"] > 0)
+
+
+def test_a_loss_of_another_shape_is_an_error():
+    method = asynchronous(
+        lambda params, batch, key: batch["x"] * params["w"][None],
+        optax.sgd(0.1),
+        workers=2,
+        arrivals=simulated(HEAVY),
+        batch=random_batch(4),
+    )
+    with pytest.raises(ValueError, match=r"asynchronous: the loss returned shape \(4, 3\)"):
+        train(method, 1)
 
 
 def test_batches_do_not_depend_on_who_arrives_first():
@@ -286,6 +400,7 @@ def test_nothing_compiles_after_the_first_round():
     assert step._cache_size() == 1
 
 
+TWICE = Trace(np.array([0, 1, 2, 0]), np.array([[0, 0, 0, 1], [0] * 4, [0] * 4, [1] * 4], bool), np.ones(4))
 GOOD = Trace(np.zeros(3, int), np.ones((3, N), bool), np.ones(3))
 CALLS = {
     "workers=0": lambda: make(optax.sgd(0.1), simulated(HEAVY), workers=0),
@@ -297,6 +412,10 @@ CALLS = {
     "size=0": lambda: random_batch(0),
     "must lie in [0, 4)": lambda: recorded(GOOD._replace(worker=np.full(3, N))),
     "[T], [T, n]": lambda: recorded(GOOD._replace(seconds=np.ones(2))),
+    "worker 0 sends at event 3 and has not fetched since it sent at 0": lambda: recorded(TWICE),
+    "asynchronous(optimizer='sgd')": lambda: make("sgd", simulated(HEAVY)),
+    "asynchronous(correction=3)": lambda: make(optax.sgd(0.1), simulated(HEAVY), correction=3),
+    "simulated(duration=3)": lambda: simulated(3),
     "the trace is of 4 workers": lambda: make(optax.sgd(0.1), recorded(GOOD), workers=2),
 }
 

@@ -1,5 +1,6 @@
 """Corrections of old gradients; within a run they are held against plain Python in `test_asynchronous.py`."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -37,6 +38,32 @@ def test_adaptive_compensation_is_the_constant_one_with_lambda_over_the_root_mea
         v = 0.9 * v + 0.1 * g * g
         expected = g + 0.7 / np.sqrt(v + 1e-3) * g * g * np.asarray(NOW["a"] - STALE["a"])
         np.testing.assert_allclose(corrected["a"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("correct", [delay_compensation, adaptive_delay_compensation])
+def test_a_traced_strength_is_that_of_a_number_in_any_dtype(correct):
+    def corrected(strength, state=None):
+        one = correct(strength)
+        state = one.init(now) if state is None else state
+        return one.update(gradient, state, now, stale=stale)
+
+    def small(values):
+        return jnp.array(values, jnp.bfloat16)
+
+    gradient, now, stale = small([1.5, -2.0]), small([1.0, 3.0]), small([0.5, 1.0])
+    alone, traced = corrected(0.7), jax.jit(corrected)(0.7)
+    assert jax.tree.structure(alone) == jax.tree.structure(traced)
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(traced), strict=True):
+        assert a.dtype == b.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=2e-2)
+
+
+@pytest.mark.parametrize("correct", [delay_compensation(0.5), adaptive_delay_compensation(0.5, decay=0.0, eps=1e-12)])
+def test_turning_complex_numbers_turns_what_is_corrected(correct):
+    gradient, now, stale = jnp.array([1.0 + 2j]), jnp.array([2.0 + 1j]), jnp.array([1.0 + 1j])
+    one, _ = correct.update(gradient, correct.init(now), now, stale=stale)
+    turned, _ = correct.update(1j * gradient, correct.init(now), 1j * now, stale=1j * stale)
+    np.testing.assert_allclose(turned, 1j * one, rtol=1e-5)
 
 
 def test_corrections_chain_with_what_knows_nothing_of_staleness():
