@@ -306,7 +306,7 @@ def _peers(run: report.Run) -> Iterator[None]:
     """Says of an error that it is another process's end, and what helps."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         if jax.process_count() == 1 or not mesh.lost_process(error):
             raise
         done = checkpoint.latest(run.checkpoints)

@@ -103,15 +103,16 @@ def shard_map(*, mesh: Mesh, in_specs, out_specs) -> Callable[[Callable], Callab
 
 
 def lost_process(error: BaseException) -> bool:
-    """Whether an error of a computation says that the line to another process of the program is broken.
+    """Whether an error says that another process of the program is gone: of a computation, or of waiting for all.
 
     JAX before 0.10 ends the process itself, with a message of its own, if the lost one was the first.
 
     >>> lost_process(RuntimeError("Gloo collective permute failed: Read error: Connection reset by peer"))
     True
     """
-    signs = ("Connection reset", "onnection closed", "Broken pipe", "Socket closed", "Connection refused")
-    return isinstance(error, RuntimeError | ValueError) and any(sign in str(error) for sign in signs)
+    broken = ("Connection reset", "onnection closed", "Broken pipe", "Socket closed", "Connection refused")
+    signs = (*broken, "heartbeat timeout", "stopped sending heartbeats")
+    return isinstance(error, RuntimeError | ValueError | OSError) and any(sign in str(error) for sign in signs)
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:

@@ -1,5 +1,6 @@
 """Two real processes train the quickstart's model with a ring, and one of them is killed."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -34,6 +35,18 @@ def start(folder, processes=2):
     ]
 
 
+@contextlib.contextmanager
+def started(folder):
+    """Two processes, ended in any case."""
+    together = start(folder)
+    try:
+        yield together
+    finally:
+        for process in together:
+            process.kill()
+            process.communicate()
+
+
 def ended_well(together):
     outputs = [process.communicate(timeout=300)[0] for process in together]
     assert [process.returncode for process in together] == [0] * len(together), "\n".join(outputs)
@@ -53,18 +66,17 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_one_that_is_left_says_so_in_seconds_and_the_run_resumes(victim, tmp_path, alone):
-    together = start(tmp_path / "run")
-    while len(rows(tmp_path / "run")) < 3 and together[0].poll() is None:
-        time.sleep(0.05)
-    together[victim].send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    said = together[1 - victim].communicate(timeout=60)[0]
-    assert time.monotonic() - killed < 30
-    assert together[1 - victim].returncode != 0, said
-    # Where JAX itself is the first to notice, at a barrier or by the end of process 0, it ends the process.
-    ours = "another process of this run is gone" in said and "again with --resume" in said
-    assert ours or "another task died" in said, said
-    together[victim].communicate()
+    with started(tmp_path / "run") as together:
+        while len(rows(tmp_path / "run")) < 3 and together[0].poll() is None:
+            time.sleep(0.05)
+        together[victim].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        said = together[1 - victim].communicate(timeout=60)[0]
+        assert time.monotonic() - killed < 30
+        assert together[1 - victim].returncode != 0, said
+        # Where JAX itself is the first to notice, at a barrier or by the end of process 0, it ends the process.
+        ours = "another process of this run is gone" in said and "again with --resume" in said
+        assert ours or "another task died" in said, said
 
     before = rows(tmp_path / "run")
     ended_well(start(tmp_path / "run"))
