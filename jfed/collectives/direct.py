@@ -6,6 +6,8 @@
 Letters: n devices, k bytes of the vector.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -114,8 +116,9 @@ def _direct_all_gather(x, axis_name):
 
 def _one_shot_all_reduce(x, axis_name):
     def sum_vector(v, n):
-        # All add up in the same order, for the same bits.
-        return jnp.sum(direct_all_gather(v, axis_name), axis=0, dtype=v.dtype)
+        whole = direct_all_gather(v, axis_name)
+        # In the same order on all, for the same bits, and row by row: XLA:CPU takes many times as long to sum an axis.
+        return functools.reduce(jnp.add, (whole[i] for i in range(n)))
 
     return over_vectors(sum_vector, x, axis_name)
 
