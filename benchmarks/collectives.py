@@ -10,10 +10,10 @@ Asked, one after another:
 
 Bus bandwidth is S / t times 2 (n - 1) / n, as nccl-tests has it: what a link carries if the algorithm wastes nothing.
 A program repeats an all-reduce followed by a division by n, so that the numbers stay; algorithms take turns, and
-seconds are medians, ratios medians of those of a turn. What would take more than 13 GB is left out: where
-everyone holds what everyone sent. Virtual devices
-beyond the number of cores share them. The TPU compiler's expectation takes a loop's body once (rings), has none of
-its own all-reduce's links (psum), and of some copies says nothing (negative, shown as none).
+seconds are medians, ratios medians of those of a turn. What would take more than 13 GB is left out: where everyone
+holds what everyone sent. Virtual devices beyond the number of cores share them. The TPU compiler's expectation takes a
+loop's body once (rings), has none of its own all-reduce's links (psum), and of some copies says nothing (negative,
+shown as none).
 
 Command: python benchmarks/collectives.py
 Time: theory seconds, time ten minutes, tpu four on two cores at rest; `--smoke` takes a minute or two.
