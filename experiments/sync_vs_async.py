@@ -52,7 +52,8 @@ import numpy as np
 import optax
 
 from jfed import availability, core, data, experiment, mesh, models, plot, report, run
-from jfed.parallel.asynchronous import asynchronous, random_batch, recorded, simulated
+from jfed.parallel.arrivals import recorded, simulated
+from jfed.parallel.asynchronous import asynchronous, random_batch
 from jfed.parallel.corrections import adaptive_delay_compensation, scale_by_age
 from jfed.parallel.parameter_server import serve, work
 

@@ -14,16 +14,8 @@ place, so `jfed.run` drives it as it does federated ones.
 Workers are the devices of a mesh, in one process or many, or a number of them simulated on one device.
 """
 
-from jfed.parallel.asynchronous import (
-    Arrivals,
-    Event,
-    Trace,
-    asynchronous,
-    random_batch,
-    recorded,
-    simulated,
-    trace,
-)
+from jfed.parallel.arrivals import Arrivals, Event, Trace, recorded, simulated, trace
+from jfed.parallel.asynchronous import asynchronous, random_batch
 from jfed.parallel.corrections import adaptive_delay_compensation, delay_compensation, per_age, scale_by_age
 from jfed.parallel.data import batches, data_parallel
 from jfed.parallel.diloco import diloco, local_sgd

@@ -26,7 +26,7 @@ import optax
 from jfed import _validate
 from jfed.core import Tree
 from jfed.parallel import _joining, _server, _wire
-from jfed.parallel.asynchronous import Trace
+from jfed.parallel.arrivals import Trace
 
 
 class Served(NamedTuple):

@@ -10,7 +10,8 @@ import pytest
 
 from jfed import _streams, availability, core, run
 from jfed.parallel import _server
-from jfed.parallel.asynchronous import Trace, asynchronous, random_batch, recorded, simulated, trace
+from jfed.parallel.arrivals import Trace, recorded, simulated, trace
+from jfed.parallel.asynchronous import asynchronous, random_batch
 from jfed.parallel.corrections import adaptive_delay_compensation, delay_compensation, per_age, scale_by_age
 
 KEY = jax.random.key(7)

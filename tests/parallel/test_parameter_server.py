@@ -21,7 +21,8 @@ import pytest
 from jfed import run
 from jfed.core import Population
 from jfed.parallel import _joining, _wire
-from jfed.parallel.asynchronous import asynchronous, recorded
+from jfed.parallel.arrivals import recorded
+from jfed.parallel.asynchronous import asynchronous
 from jfed.parallel.corrections import delay_compensation
 from jfed.parallel.parameter_server import serve, work
 
