@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jfed import _validate, mesh
-from jfed.collectives import compressed
+from jfed.collectives import compressed, dedicated_servers_all_reduce
 from jfed.core import Tree
 
 
@@ -123,6 +123,11 @@ def mean(
             raise ValueError(
                 f"{where}(all_reduce={all_reduce!r}): give a function (x, axis_name) such as jax.lax.psum or "
                 "jfed.collectives.ring_all_reduce."
+            )
+        if getattr(all_reduce, "func", all_reduce) is dedicated_servers_all_reduce:
+            raise ValueError(
+                f"{where}(all_reduce=dedicated_servers_all_reduce): its servers hold no data, and here all workers do; "
+                "take sharded_servers_all_reduce."
             )
         told = _parameters(all_reduce) & {"key", "round"}
 

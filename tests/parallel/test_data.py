@@ -298,6 +298,12 @@ def test_diloco_is_the_papers_algorithm():
         (lambda: parallel.data_parallel(loss, SGD, workers=0), r"data_parallel\(workers=0\).*or give a mesh"),
         (lambda: parallel.data_parallel(loss, SGD, workers=2, accumulate=0), "accumulate=0"),
         (lambda: parallel.data_parallel(loss, SGD, workers=2, all_reduce="ring"), "give a function"),
+        (
+            lambda: parallel.data_parallel(
+                loss, SGD, workers=4, all_reduce=functools.partial(collectives.dedicated_servers_all_reduce, servers=2)
+            ),
+            "here all workers do; take sharded",
+        ),
         (lambda: parallel.zero1(loss, SGD, workers=2, reduce_scatter="ring"), "give a function"),
         (lambda: parallel.zero2(loss, SGD, workers=2, clip_norm=0.0), "clip_norm=0.0"),
         (lambda: parallel.data_parallel(loss, "sgd", workers=2), "give an optax optimizer"),
