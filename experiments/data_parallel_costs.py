@@ -21,7 +21,7 @@ k n / s each, a ring 2 k (n - 1) / n at each worker, and what programs send is e
 | a server besides               |        8 |         16 |      2 |    11.00 ms |              |             |
 | four servers besides           |        2 |         16 |      2 |     3.35 ms |     10.05 ms |             |
 | ring, 8 bits                   |     .438 |       3.50 |     14 |     1.68 ms |      1.68 ms |        82.1 |
-| ring, 4 bits                   |     .219 |       1.75 |     14 |     1.54 ms |      1.54 ms |        82.1 |
+| ring, 4 bits                   |     .219 |       1.75 |     14 |     1.54 ms |      1.54 ms |        82.0 |
 | top 1 % at 4 bits, feedback    |     .048 |       0.38 |      1 |             |              |        83.5 |
 
 k is the model's gradient. Sent is by the busiest device, which is a server in the rows of servers. Seconds are the
