@@ -13,7 +13,7 @@ costs next to nothing more.
 | DiLoCo          |  10 |          12.2 MB |   1/10 | 1.898 ± 0.016 | 6.67 ± 0.11 |  43.4 ± 0.6 | 0.022 ± 0.000 |
 | DiLoCo          |  50 |           2.4 MB |   1/50 | 1.909 ± 0.015 | 6.75 ± 0.10 |  43.3 ± 0.6 | 0.034 ± 0.001 |
 | DiLoCo          | 250 |         486.4 kB |  1/250 | 1.927 ± 0.016 | 6.87 ± 0.11 |  42.9 ± 0.6 | 0.051 ± 0.005 |
-| DiLoCo, 4 bits  |  50 |         616.7 kB |  1/197 | 1.911 ± 0.015 | 6.76 ± 0.10 |  43.3 ± 0.6 | 0.035 ± 0.001 |
+| DiLoCo, 4 bits  |  50 |         616.7 kB |  1/197 | 1.910 ± 0.015 | 6.76 ± 0.10 |  43.3 ± 0.7 | 0.035 ± 0.001 |
 | a worker alone  |     |              0 B |        | 1.937 ± 0.015 | 6.94 ± 0.11 |  42.5 ± 0.6 | 0.061 ± 0.003 |
 
 Nats a character on held-out speeches after 1000 steps, from 2.035, mean and deviation of three seeds; "behind" is the
