@@ -129,7 +129,8 @@ def restore(folder: str | os.PathLike, like: Tree, *, step: int | None = None) -
     Leaves have the bits that were saved. Where a leaf of `like` is committed to devices, or is a
     `ShapeDtypeStruct` with a sharding, the restored leaf goes there; other arrays are uncommitted on
     the default device, as a fresh computation would have them. Numpy arrays and Python numbers
-    come back as such.
+    come back as such. How arrays lay when they were saved, on which mesh of how many processes, does not
+    matter. A leaf that is to lie in parts is read in parts, and a process needs memory for its own.
 
     Args:
       folder: as given to `save`.
@@ -174,7 +175,7 @@ def restore(folder: str | os.PathLike, like: Tree, *, step: int | None = None) -
         raise ValueError(f"restore({folder}): step {step} {error}; {cure}") from error
     except _Unfit as error:
         raise ValueError(f"restore({folder}): step {step} {error}") from error
-    wanted = _leaves.stored(leaves)
+    wanted = _leaves.stored(leaves, like)
     with _quiet():
         arrays = ocp.load(_path(folder, step) / "arrays", wanted | {"step": np.empty((), np.int64)})
     return int(step), _leaves.unpack(arrays, leaves, like)

@@ -23,10 +23,13 @@ def sharded(mesh: Mesh, inner: ClientMap, *, axis: str = "clients") -> ClientMap
     every device: a state or population put there beforehand, with `jfed.mesh.replicate`, is not
     copied, nor a program compiled, again.
 
+    Other axes of the mesh are the compiler's: the devices that share a place along `axis` train a client
+    together, each on its part of whatever is split over them (`jfed.parallel.split_model`).
+
     Args:
       mesh: from `jfed.mesh.make`; may span processes.
       inner: the client map each device runs, such as `lanes(16)`.
-      axis: name of the mesh axis.
+      axis: name of the mesh axis that clients are dealt along.
 
     Raises:
       ValueError: if the mesh has no such axis.
@@ -44,12 +47,18 @@ def sharded(mesh: Mesh, inner: ClientMap, *, axis: str = "clients") -> ClientMap
             steps=jnp.where(hand < count, dealt.steps, 0), weight=jnp.where(hand < count, dealt.weight, 0.0)
         )
 
-        @meshes.shard_map(mesh=mesh, in_specs=(P(), P(axis)), out_specs=(P(axis), P()))
-        def on_each_device(shared, dealt):
+        def on_each(shared, dealt):
             kept, added = inner(work, shared, dealt)
             return kept, lax.psum(added, axis)
 
-        kept, added = on_each_device(shared, dealt)
+        kept, added = jax.shard_map(
+            on_each,
+            mesh=mesh,
+            in_specs=(P(), P(axis)),
+            out_specs=(P(axis), P()),
+            axis_names={axis},
+            check_vma=False,
+        )(shared, dealt)
         return tree.take(kept, slot), added
 
     return map_fn

@@ -1,0 +1,176 @@
+"""Pipeline schedules: their pictures, their idle time predicted and measured, and their memory as microbatches grow.
+
+Claim: the share of time in which devices of a pipeline wait is that of the schedule's table, and so is what they keep:
+of more microbatches GPipe keeps more, 1F1B, interleaved and ZB-H1 do not, and ZB-H1 waits least for 1F1B's memory.
+
+Each cell trains a transformer, blocks dealt to `devices`, one thread each. Measured is the share of a step's time by
+which it is longer than that of devices that each do a pipeline's work by themselves: `devices` copies of one stage,
+trained by the same executor and order on a mesh of data alone. Steps of both alternate, and of each the fastest counts.
+Forward pass, gradient of the input and gradient of the weights are taken to last equally long, as they have equally
+many products; "free" lets each device go on as soon as it can, "lockstep" lets each tick last as long as its longest,
+since devices exchange messages after every tick. With fused gradients these differ.
+
+Source: Huang et al. 2018 (arXiv:1811.06965), Narayanan et al. 2021 (arXiv:2104.04473), Qi et al. 2023
+(arXiv:2401.10241).
+
+Command: python experiments/pipeline_schedules.py
+Expected: a table of idle shares and memory; schedules.png, idle.png and memory.png in the run's folder. Seconds, and so
+what is measured, mean something only where `devices` cores have nothing else to do.
+"""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from jfed import experiment, mesh, plot, report
+from jfed.parallel import schedules
+from jfed.parallel.schedules import Schedule
+from jfed.parallel.sharded import on_mesh
+from jfed.parallel.transformer import transformer
+
+WAYS: dict[str, Callable[[int, int], Schedule]] = {
+    "naive": schedules.naive,
+    "gpipe": schedules.gpipe,
+    "gpipe_fused": lambda p, m: schedules.fused(schedules.gpipe(p, m)),
+    "1f1b": schedules.one_f_one_b,
+    "1f1b_fused": lambda p, m: schedules.fused(schedules.one_f_one_b(p, m)),
+    "interleaved": functools.partial(schedules.interleaved, chunks=2),
+    "zb_h1": schedules.zb_h1,
+}
+PICTURED = (4, 8)  # devices and microbatches of the picture, which nobody needs to have
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(experiment.Options):
+    """Settings."""
+
+    devices: int = 2  # p
+    microbatches: tuple[int, ...] = (2, 4, 8, 16)  # m
+    ways: tuple[str, ...] = tuple(WAYS)
+    layers: int = 2  # of a device
+    width: int = 128
+    context: int = 32
+    examples: int = 4  # in a microbatch
+    steps: int = 30  # timed, of each program and seed
+
+
+SMOKE = {"microbatches": (2, 4), "ways": ("1f1b", "gpipe_fused"), "width": 16, "context": 8, "steps": 3}
+
+
+def main(config: Config) -> None:
+    """Measures every schedule with every number of microbatches, then shows pictures and a table."""
+    if odd := [way for way in config.ways if way not in WAYS]:
+        raise ValueError(f"pipeline_schedules(ways={odd}): choose from {', '.join(WAYS)}.")
+    if not config.ways or not config.microbatches or min(config.steps, config.seeds) < 1:
+        raise ValueError("pipeline_schedules(): of ways, microbatches, steps and seeds there must be one at least.")
+    # Else a device that waits would lend its core to one that does not.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+    cells = {
+        f"{way}_{m}": functools.partial(measured, config, way, m) for way in config.ways for m in config.microbatches
+    }
+    whole, results = experiment.over_cells("pipeline_schedules", config, cells)
+    tables = {way: WAYS[way](*PICTURED) for way in config.ways}
+    plot.plot_schedule(
+        whole.folder / "schedules.png",
+        {f"{way}: {said(table)}": table[:3] for way, table in tables.items()},
+        title=f"{PICTURED[0]} devices, {PICTURED[1]} microbatches",
+        lasts=(0, 1, 2, 1, 1),
+    )
+    chosen = {way: [results[f"{way}_{m}"] for m in config.microbatches] for way in config.ways}
+    plot.plot_curves(
+        whole.folder / "memory.png",
+        {way: (config.microbatches, [r["memory"] / 2**20 for r in found]) for way, found in chosen.items()},
+        xlabel="microbatches",
+        ylabel="temporary MiB a device",
+        title=f"Memory of a step, {config.devices} devices",
+    )
+    curves = {f"{way}, lockstep": (config.microbatches, [100 * r["lockstep"] for r in f]) for way, f in chosen.items()}
+    curves |= {f"{way}, measured": (config.microbatches, [100 * idle(r) for r in f]) for way, f in chosen.items()}
+    plot.plot_curves(
+        whole.folder / "idle.png", curves, xlabel="microbatches", ylabel="idle, %", title="Idle share of a step"
+    )
+    rows = [
+        {
+            "schedule": way.replace("_", " "),
+            "microbatches": m,
+            "idle, free": f"{result['free']:.3f}",
+            "in lockstep": f"{result['lockstep']:.3f}",
+            "measured": f"{idle(result):.3f}",
+            "a step": f"{1e3 * result['seconds']['step']:.1f} ms",
+            "kept": ", ".join(map(str, result["kept"])),
+            "temporary memory": report.human_bytes(result["memory"]),
+        }
+        for way, found in chosen.items()
+        for m, result in zip(config.microbatches, found, strict=True)
+    ]
+    print(report.table(f"A step of a pipeline of {config.devices} devices", rows), "\n")
+    print(f"pictures and metrics: {whole.folder}\n")
+    summary = {f"{cell}_{name}": r[name] for cell, r in results.items() for name in ("free", "lockstep", "memory")}
+    summary |= {"seeds": config.seeds, "seconds": {cell: r["seconds"] for cell, r in results.items()}}
+    report.finish(whole, summary)
+
+
+def measured(config: Config, way: str, m: int) -> dict[str, Any]:
+    """What a schedule should cost, and what it does."""
+    p = config.devices
+    cost = schedules.predict(WAYS[way](p, m))
+    (piped, pipeline), (alone, copies) = program(config, way, m, (1, p)), program(config, way, m, (p, 1))
+    seconds = {"step": float("inf"), "alone": float("inf")}
+    for seed in config.steps * list(range(config.seeds)):
+        for name, run, given in (("step", piped, pipeline), ("alone", alone, copies)):
+            begin = time.perf_counter()
+            jax.block_until_ready(run(*given[seed]))
+            seconds[name] = min(seconds[name], time.perf_counter() - begin)
+    return {
+        "free": cost.bubble,
+        "lockstep": cost.lockstep_bubble,
+        "kept": cost.activations.tolist(),
+        "memory": piped.memory_analysis().temp_size_in_bytes,
+        "seconds": seconds,
+    }
+
+
+def program(config: Config, way: str, m: int, shape: tuple[int, int]) -> tuple[Callable, list[tuple]]:
+    """A compiled step on a mesh of data and pipe, which has run once, and what each seed gives it."""
+    data, pipe = shape
+    model = transformer(32, width=config.width, layers=config.layers * pipe, heads=4, context=config.context)
+    method = on_mesh(
+        model,
+        optax.sgd(0.01),
+        mesh=mesh.make(shape, ("data", "pipe")),
+        microbatches=m,
+        schedule=WAYS[way](pipe, m),
+        recompute=False,
+    )
+
+    def given(seed):
+        params, tokens, step = jax.random.split(jax.random.key(seed), 3)
+        drawn = jax.random.randint(tokens, (data * m * config.examples, config.context + 1), 0, 32)
+        return method.init(model.init(params)), {"x": drawn[:, :-1], "y": drawn[:, 1:]}, step
+
+    all_given = [given(seed) for seed in range(config.seeds)]
+    compiled = jax.jit(method.round).lower(*all_given[0]).compile()
+    jax.block_until_ready(compiled(*all_given[0]))
+    return compiled, all_given
+
+
+def idle(result: dict[str, Any]) -> float:
+    """The measured share of time in which devices wait."""
+    return 1 - result["seconds"]["alone"] / result["seconds"]["step"]
+
+
+def said(schedule: Schedule) -> str:
+    """A line for the picture."""
+    cost = schedules.predict(schedule)
+    kept = ", ".join(map(str, cost.activations))
+    return f"idle {100 * cost.bubble:.1f} %, in lockstep {100 * cost.lockstep_bubble:.1f} %, kept {kept}"
+
+
+if __name__ == "__main__":
+    experiment.cli(main, Config, smoke=SMOKE)

@@ -1,0 +1,375 @@
+"""Causal attention of sequences whose tokens are split over an axis of devices.
+
+    ring        keys and values go round; each device's queries meet them block by block
+    zigzag      the same, each device holding an early and a late part of the sequence, so that all work equally
+    all to all  tokens are exchanged for heads, of which each device attends with its share over the whole sequence
+
+A ring needs no device to hold a whole sequence, nor any block of scores to be kept: the softmax is accumulated online
+by a running maximum and sum, and the backward pass makes each block anew from the logarithm of that sum. There
+queries go round with what is needed to differentiate them, since they have one gradient where keys and values have two.
+What is sent next is on its way while the block at hand is used. The devices that a causal ring has no use for at a hop
+skip it, so the first device of s computes one block and the last s; in zigzag each computes one and s - 1 halves.
+
+Source: Liu et al. 2023 (arXiv:2310.01889), rings; Milakov and Gimelshein 2018 (arXiv:1805.02867), online softmax;
+Dao 2023 (arXiv:2307.08691), the backward pass; Brandon et al. 2023 (arXiv:2311.09431), balance; Grattafiori et al. 2024
+(arXiv:2407.21783), section 3.3.2, the zigzag; Jacobs et al. 2023 (arXiv:2309.14509), all to all.
+
+Letters: b examples of T tokens, s devices, t = T / s tokens of each, N heads of D numbers.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jfed._axis import differing, on_devices, permute
+from jfed.core import Tree
+from jfed.parallel.conjugate import index, size
+from jfed.parallel.layered import divides
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of each token to itself and those before, on one device; no [T, T] array is kept for the gradient.
+
+    Args:
+      q: queries [b, T, N, D].
+      k: keys [b, T, N, D].
+      v: values [b, T, N, D].
+
+    Returns:
+      [b, T, N, D] of the dtype of q; scores and sums are float32 whatever that is.
+
+    Raises:
+      ValueError: if shapes differ.
+
+    >>> v = jnp.array([1.0, 3.0, 8.0]).reshape(1, 3, 1, 1)
+    >>> print(causal_attention(jnp.zeros_like(v), v, v).ravel())  # means of the values so far
+    [1. 2. 4.]
+    """
+    return ring_attention(q, k, v, None)
+
+
+def ring_attention(q: jax.Array, k: jax.Array, v: jax.Array, axis_name: str | None) -> jax.Array:
+    """Causal attention, consecutive tokens on consecutive devices.
+
+    Sent by a device: forward 2 (s - 1) arrays of the size of k; backward 2 s - 1 of that size, s - 1 such arrays of
+    float32, and 2 (s - 1) of [b, N, t] float32. Its memory is that of a few [b, N, t, t] of scores.
+
+    Args:
+      q: queries [b, t, N, D] of this device's tokens.
+      k: keys, as q.
+      v: values, as q.
+      axis_name: of the s devices; None where there is one.
+
+    Returns:
+      [b, t, N, D] of the dtype of q.
+
+    Raises:
+      ValueError: if shapes differ.
+
+    >>> v = jnp.array([1.0, 3.0, 8.0]).reshape(3, 1, 1, 1, 1)  # three devices of one token
+    >>> f = jax.vmap(lambda v: ring_attention(jnp.zeros_like(v), v, v, "sequence"), axis_name="sequence")
+    >>> print(f(v).ravel())
+    [1. 2. 4.]
+    """
+    _check_shapes("ring_attention", q, k, v)
+    return _by_heads(q, k, v, axis_name, _CONSECUTIVE)
+
+
+def zigzag_attention(q: jax.Array, k: jax.Array, v: jax.Array, axis_name: str | None) -> jax.Array:
+    """`ring_attention` with equal work for all devices, s + 1 half blocks in place of up to 2 s.
+
+    Of 2 s parts of the sequence device i attends for parts i and 2 s - 1 - i. They get there and back within this
+    function: up to 4 arrays of the size of q more are sent forward, and as many backward.
+
+    Args:
+      q: queries [b, t, N, D] of this device's tokens, consecutive as in `ring_attention`.
+      k: keys, as q.
+      v: values, as q.
+      axis_name: of the s devices; None where there is one.
+
+    Returns:
+      As `ring_attention`.
+
+    Raises:
+      ValueError: if shapes differ, or t is odd.
+
+    >>> v = jnp.array([1.0, 3.0, 8.0, 4.0]).reshape(2, 1, 2, 1, 1)  # two devices of two tokens
+    >>> f = jax.vmap(lambda v: zigzag_attention(jnp.zeros_like(v), v, v, "sequence"), axis_name="sequence")
+    >>> print(f(v).ravel())
+    [1. 2. 4. 4.]
+    """
+    _check_shapes("zigzag_attention", q, k, v)
+    if size(axis_name) == 1:
+        return _by_heads(q, k, v, None, _CONSECUTIVE)
+    if q.shape[1] % 2:
+        raise ValueError(
+            f"zigzag_attention(tokens={q.shape[1]}): each of the {size(axis_name)} devices of axis {axis_name!r} needs "
+            f"an even number of tokens; take {2 * size(axis_name)} k tokens in all, or ring_attention."
+        )
+    dealt = _to_zigzag(jnp.concatenate([q, k, v], axis=-1), axis_name)
+    return _from_zigzag(_by_heads(*jnp.split(dealt, 3, axis=-1), axis_name, _ZIGZAG), axis_name)
+
+
+def all_to_all_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, axis_name: str | None, attention: Callable = causal_attention
+) -> jax.Array:
+    """Causal attention, where each device attends over whole sequences with N / s of the heads.
+
+    Sent by a device: 4 arrays of the size of q times (s - 1) / s, forward and backward.
+
+    Args:
+      q: queries [b, t, N, D] of this device's tokens, consecutive as in `ring_attention`.
+      k: keys, as q.
+      v: values, as q.
+      axis_name: of the s devices; None where there is one.
+      attention: maps q, k, v [b, T, N / s, D] to their attention of that shape, for instance
+        `jax.nn.dot_product_attention` with `is_causal=True` and an implementation.
+
+    Returns:
+      As `ring_attention`.
+
+    Raises:
+      ValueError: if shapes differ, or s does not divide N.
+
+    >>> v = jnp.array([[1.0, 1.0], [3.0, 5.0]]).reshape(2, 1, 1, 2, 1)  # two devices of one token and two heads
+    >>> f = lambda v: all_to_all_attention(jnp.zeros_like(v), v, v, "sequence")
+    >>> print(jax.vmap(f, axis_name="sequence")(v).reshape(2, 2))
+    [[1. 1.]
+     [2. 3.]]
+    """
+    _check_shapes("all_to_all_attention", q, k, v)
+    if axis_name is None:
+        return attention(q, k, v)
+    divides("all_to_all_attention", {axis_name: size(axis_name)}, axis_name, heads=q.shape[2])
+    return exchanged(attention(*(exchanged(x, axis_name, 2, 1) for x in (q, k, v))), axis_name, 1, 2)
+
+
+def exchanged(x: jax.Array, axis_name: str | None, split: int, join: int) -> jax.Array:
+    """Part j along one axis for device j, and what all devices have for this one, put together along another.
+
+    Gradients go the way back.
+
+    Args:
+      x: [..., n d, ..., e, ...] on each of n devices.
+      axis_name: of devices.
+      split: the axis of n d, not negative.
+      join: the axis of e, not negative; may be the same.
+
+    Returns:
+      [..., d, ..., n e, ...].
+
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> print(jax.vmap(lambda x: exchanged(x, "expert", 0, 0), axis_name="expert")(x))
+    [[1. 3.]
+     [2. 4.]]
+    """
+    return x if axis_name is None else _exchanged(x, axis_name, split, join)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _exchanged(x, axis_name, split, join):
+    x = x if on_devices(axis_name) else differing(x, axis_name)
+    return lax.all_to_all(x, axis_name, split, join, tiled=True)
+
+
+_exchanged.defvjp(
+    lambda x, *where: (_exchanged(x, *where), None),
+    lambda axis_name, split, join, _, g: (_exchanged(g, axis_name, join, split),),
+)
+
+
+class _Part(NamedTuple):
+    """Which queries of one device meet which keys of another, in halves of what a device has."""
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+
+
+class _Layout(NamedTuple):
+    """What of two devices' tokens meets; the tokens of each are in order."""
+
+    earlier: _Part | None  # keys of an earlier device
+    later: _Part | None  # keys of a later device
+
+
+class _Seen(NamedTuple):
+    """The softmax of scores so far, and what it weighs."""
+
+    sum: jax.Array  # [b, N, t, D] float32, of values times weights
+    weight: jax.Array  # [b, N, t] float32, the sum of exp(score - top)
+    top: jax.Array  # [b, N, t] float32, the largest score
+
+
+_ALL = _Part((0, 2), (0, 2))
+_CONSECUTIVE = _Layout(_ALL, None)
+_ZIGZAG = _Layout(_Part((0, 2), (0, 1)), _Part((1, 2), (0, 2)))
+
+
+def _by_heads(q, k, v, axis_name, layout):
+    """`_attention` of arrays [b, t, N, D]."""
+    out = _attention(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), axis_name, layout)
+    return jnp.swapaxes(out, 1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attention(q, k, v, axis_name, layout):
+    return _forward(q, k, v, axis_name, layout)[0]
+
+
+def _forward(q, k, v, axis_name, layout):
+    s, i = size(axis_name), index(axis_name)
+
+    def visit(j, held, seen):
+        return lax.cond(j <= i, _attend(layout.earlier), _attend(layout.later), seen, q, *held)
+
+    nothing = jnp.zeros(q.shape, jnp.float32)
+    seen = _Seen(nothing, nothing[..., 0], jnp.full_like(nothing[..., 0], -jnp.inf))
+    seen = _attend(_ALL, _causal(q.shape[2]))(seen, q, k, v)
+    if s > 1:
+        seen = _around(visit, (k, v), seen, axis_name)
+    out = (seen.sum / seen.weight[..., None]).astype(q.dtype)
+    return out, (q, k, v, out, seen.top + jnp.log(seen.weight))
+
+
+def _backward(axis_name, layout, kept, g):
+    q, k, v, out, logsumexp = kept
+    s, i = size(axis_name), index(axis_name)
+    along = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    moving = q, g, logsumexp, along
+
+    def visit(j, held, gradients):
+        dq, dk, dv = gradients
+        came = _sent(dq, axis_name)  # on its way while the block is used
+        of_q, of_k, of_v = lax.cond(j > i, _gradients(layout.earlier), _gradients(layout.later), *held, k, v)
+        return came + of_q, dk + of_k, dv + of_v
+
+    gradients = _gradients(_ALL, _causal(q.shape[2]))(*moving, k, v)
+    if s > 1:
+        dq, dk, dv = _around(visit, moving, gradients, axis_name)
+        gradients = _sent(dq.astype(q.dtype), axis_name), dk, dv
+    return tuple(gradient.astype(x.dtype) for gradient, x in zip(gradients, (q, k, v), strict=True))
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _around(visit: Callable, moving: Tree, carry: Tree, axis_name: str) -> Tree:
+    """`carry` after `visit(j, what the device j before this one held, carry)` for j = 1 to s - 1."""
+    s = lax.axis_size(axis_name)
+
+    def hop(state, j):
+        held, carry = state
+        ahead = _sent(held, axis_name)
+        return (ahead, visit(j, held, carry)), None
+
+    (held, carry), _ = lax.scan(hop, (_sent(moving, axis_name), carry), jnp.arange(1, s - 1))
+    return visit(jnp.int32(s - 1), held, carry)
+
+
+def _sent(tree: Tree, axis_name: str) -> Tree:
+    """What the device before this one has."""
+    s = lax.axis_size(axis_name)
+    pairs = [(i, (i + 1) % s) for i in range(s)]
+    return jax.tree.map(lambda x: permute(x, axis_name, pairs), tree)
+
+
+def _attend(part: _Part | None, mask: jax.Array | None = None) -> Callable:
+    """`(seen, q, k, v) -> seen`."""
+
+    def f(seen, q, k, v):
+        rows, columns = _within(part.queries, q), _within(part.keys, k)
+        before = _Seen(*(x[:, :, rows] for x in seen))
+        scores = _scores(q[:, :, rows], k[:, :, columns], mask)
+        top = jnp.maximum(before.top, scores.max(-1))
+        weights, shrink = jnp.exp(scores - top[..., None]), jnp.exp(before.top - top)
+        values = _product("bnqk,bnkd->bnqd", weights.astype(v.dtype), v[:, :, columns])
+        now = _Seen(before.sum * shrink[..., None] + values, before.weight * shrink + weights.sum(-1), top)
+        return _Seen(*(lax.dynamic_update_slice_in_dim(x, y, rows.start, 2) for x, y in zip(seen, now, strict=True)))
+
+    return (lambda seen, q, k, v: seen) if part is None else f
+
+
+def _gradients(part: _Part | None, mask: jax.Array | None = None) -> Callable:
+    """`(q, g, logsumexp, along, k, v) -> gradients of q, k, v`, each [b, N, t, D] float32."""
+
+    def f(q, g, logsumexp, along, k, v):
+        rows, columns = _within(part.queries, q), _within(part.keys, k)
+        filled = functools.partial(_filled, t=q.shape[2])
+        q, g, k, v = q[:, :, rows], g[:, :, rows], k[:, :, columns], v[:, :, columns]
+        weights = jnp.exp(_scores(q, k, mask) - logsumexp[:, :, rows, None])
+        of_weights = _product("bnqd,bnkd->bnqk", g, v)
+        of_scores = (weights * (of_weights - along[:, :, rows, None]) / math.sqrt(q.shape[-1])).astype(q.dtype)
+        return (
+            filled(_product("bnqk,bnkd->bnqd", of_scores, k), rows),
+            filled(_product("bnqk,bnqd->bnkd", of_scores, q), columns),
+            filled(_product("bnqk,bnqd->bnkd", weights.astype(g.dtype), g), columns),
+        )
+
+    def none(q, g, logsumexp, along, k, v):
+        return tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+
+    return none if part is None else f
+
+
+def _scores(q, k, mask):
+    """[b, N, queries, keys] float32."""
+    scores = _product("bnqd,bnkd->bnqk", q, k) / math.sqrt(q.shape[-1])
+    return scores if mask is None else jnp.where(mask, scores, -jnp.inf)
+
+
+def _causal(t: int) -> jax.Array:
+    """[1, 1, t, t] bool: a token sees itself and those before."""
+    return jnp.tril(jnp.ones((1, 1, t, t), bool))
+
+
+def _product(spec, x, y):
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+def _within(halves: tuple[int, int], x: jax.Array) -> slice:
+    """Of the tokens of x [b, N, t, D]."""
+    return slice(*(half * x.shape[2] // 2 for half in halves))
+
+
+def _filled(x: jax.Array, where: slice, t: int) -> jax.Array:
+    """[b, N, t, D] with x at some tokens, and zeros."""
+    return jnp.pad(x, ((0, 0), (0, 0), (where.start, t - where.stop), (0, 0)))
+
+
+def _to_zigzag(x: jax.Array, axis_name: str) -> jax.Array:
+    """Parts i and 2 s - 1 - i of 2 s, from parts 2 i and 2 i + 1."""
+    evens, odds = _destinations(lax.axis_size(axis_name))
+    first, second = jnp.split(x, 2, axis=1)
+    parts = permute(first, axis_name, evens), permute(second, axis_name, odds)
+    return jnp.concatenate(_swapped_on_odd(*parts, axis_name), axis=1)
+
+
+def _from_zigzag(x: jax.Array, axis_name: str) -> jax.Array:
+    """The inverse."""
+    parts = _swapped_on_odd(*jnp.split(x, 2, axis=1), axis_name)
+    back = ([(j, i) for i, j in pairs] for pairs in _destinations(lax.axis_size(axis_name)))
+    return jnp.concatenate([permute(x, axis_name, pairs) for x, pairs in zip(parts, back, strict=True)], axis=1)
+
+
+def _destinations(s: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Who gets the even and the odd of 2 s parts, of which device i has 2 i and 2 i + 1."""
+    evens, odds = ([(i, min(c, 2 * s - 1 - c)) for i, c in enumerate(range(odd, 2 * s, 2))] for odd in (0, 1))
+    return evens, odds
+
+
+def _swapped_on_odd(x, y, axis_name):
+    odd = lax.axis_index(axis_name) % 2 == 1
+    return lax.select(jnp.broadcast_to(odd, x.shape), y, x), lax.select(jnp.broadcast_to(odd, x.shape), x, y)
+
+
+def _check_shapes(where, q, k, v):
+    if q.ndim != 4 or not q.shape == k.shape == v.shape:
+        raise ValueError(
+            f"{where}(q={q.shape}, k={k.shape}, v={v.shape}): all must be [examples, tokens, heads, numbers] of one "
+            "shape; repeat keys and values that several heads share."
+        )

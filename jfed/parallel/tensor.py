@@ -1,0 +1,357 @@
+"""Layers split over an axis of devices: dense ones by columns or rows, the embedding and the loss by the vocabulary.
+
+A column layer has some of its outputs on each device, a row layer some of its inputs. A row layer takes what a column
+layer gives, so a pair of them communicates once forward and once backward; in attention, columns are whole heads. What
+lies between such pairs is held in one of three ways, the `Layout`:
+
+    WHOLE       by every device, alike: sums over devices before it, and in its gradient after it
+    SPLIT       each some of the tokens (sequence parallelism): as many bytes, but norms and residuals are split too
+    OVERLAPPED  likewise, sent in a ring of permutes, each under way while the chunk at hand is multiplied
+
+Every function is given this device's part and the axis's name; with `axis_name=None` there is one device. Gradients are
+those of a loss that all devices compute alike: of a split array, of this device's part; of others, whole.
+
+Source: Shoeybi et al. 2019 (arXiv:1909.08053), section 3; Korthikanti et al. 2022 (arXiv:2205.05198), section 4.2; Wang
+et al. 2023 (doi:10.1145/3567955.3567959), the rings.
+
+Letters: T tokens, K inputs, N outputs, H the width, V tokens in the vocabulary, n devices.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jfed import _axis
+from jfed.core import Tree
+from jfed.parallel import conjugate
+
+
+class Layout(NamedTuple):
+    """How devices hold what lies between a row layer and the next column layer, [..., T, H] or [..., T / n, H].
+
+    Each function takes the axis's name last.
+    """
+
+    column: Callable  # (held, kernel [K, N / n]) -> [..., T, N / n] float32
+    row: Callable  # (x [..., T, K / n], kernel [K / n, N]) -> held, of x's dtype
+    total: Callable  # (x [..., T, H] to be added up over devices) -> held
+    part: Callable  # (x [..., T, H], alike on all) -> held
+    whole: Callable  # (held) -> [..., T, H], alike on all
+    shared: Callable  # (a parameter alike on all, that acts on what is held) -> the same
+
+
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel`, added up in float32, the kernel rounded to x's dtype.
+
+    Its two gradients are such products too, of a gradient rounded to x's dtype, so that with x in bfloat16 all three
+    run at that dtype's speed; the kernel's is not rounded, and may be added to others in full.
+
+    Args:
+      x: [..., K].
+      kernel: [K, N].
+
+    Returns:
+      [..., N] float32.
+
+    >>> print(product(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 1))).dtype)
+    float32
+    """
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _kernel_gradient(x: jax.Array, g: jax.Array, kernel: jax.Array) -> jax.Array:
+    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    return jnp.matmul(x.T, g, preferred_element_type=jnp.float32).astype(kernel.dtype)
+
+
+def _product_backward(given, g):
+    x, kernel = given
+    g = g.astype(x.dtype)
+    return product(g, kernel.T).astype(x.dtype), _kernel_gradient(x, g, kernel)
+
+
+product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_backward)
+
+
+def gather_matmul(x: jax.Array, kernel: jax.Array, axis_name: str | None) -> jax.Array:
+    """The product of all devices' tokens with this device's kernel; chunks of tokens come round a ring.
+
+    The chunk of the next device is under way while that at hand is multiplied. Backward, `matmul_scatter` does the same
+    for x's gradient; the kernel's needs no messages, as the tokens that came are kept.
+
+    Args:
+      x: [..., T / n, K].
+      kernel: [K, N / n], of other columns on each device.
+      axis_name: of devices.
+
+    Returns:
+      [..., T, N / n] float32.
+
+    >>> x, kernel = jnp.arange(2.0).reshape(2, 1, 1), jnp.ones((1, 1))
+    >>> y = jax.vmap(gather_matmul, (0, None, None), axis_name="tensor")(x, kernel, "tensor")
+    >>> print(y[0].T, y[1].T)
+    [[0. 1.]] [[0. 1.]]
+    """
+    return product(x, kernel) if axis_name is None else _gather_matmul(x, kernel, axis_name)
+
+
+def matmul_scatter(x: jax.Array, kernel: jax.Array, axis_name: str | None) -> jax.Array:
+    """This device's tokens of the products' sum over devices; partial sums go round a ring.
+
+    A partial sum is under way while the next chunk of tokens is multiplied. Backward is `gather_matmul`.
+
+    Args:
+      x: [..., T, K / n].
+      kernel: [K / n, N], of other rows on each device.
+      axis_name: of devices.
+
+    Returns:
+      [..., T / n, N] of x's dtype, which partial sums travel in.
+
+    >>> x, kernel = jnp.arange(4.0).reshape(2, 2, 1), jnp.ones((1, 1))
+    >>> y = jax.vmap(matmul_scatter, (0, None, None), axis_name="tensor")(x, kernel, "tensor")
+    >>> print(y[0].T, y[1].T)
+    [[2.]] [[4.]]
+    """
+    return product(x, kernel).astype(x.dtype) if axis_name is None else _matmul_scatter(x, kernel, axis_name)
+
+
+def _ring_gather(x, kernel, axis_name):
+    """All tokens, and their products."""
+    n, here, length = lax.axis_size(axis_name), lax.axis_index(axis_name), x.shape[-2]
+    x_all = jnp.zeros((*x.shape[:-2], n * length, x.shape[-1]), x.dtype)
+    y = jnp.zeros((*x_all.shape[:-1], kernel.shape[-1]), jnp.float32)
+    for i in range(n):
+        coming = _axis.permute(x, axis_name, [((j + 1) % n, j) for j in range(n)]) if i < n - 1 else x
+        at = (here + i) % n * length
+        x_all = lax.dynamic_update_slice_in_dim(x_all, x, at, x.ndim - 2)
+        y = lax.dynamic_update_slice_in_dim(y, product(x, kernel), at, x.ndim - 2)
+        x = coming
+    return x_all, y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gather_matmul(x, kernel, axis_name):
+    return _ring_gather(x, kernel, axis_name)[1]
+
+
+def _gather_matmul_forward(x, kernel, axis_name):
+    x_all, y = _ring_gather(x, kernel, axis_name)
+    return y, (x_all, kernel)
+
+
+def _gather_matmul_backward(axis_name, given, g):
+    x_all, kernel = given
+    g = g.astype(x_all.dtype)
+    return matmul_scatter(g, kernel.T, axis_name), _kernel_gradient(x_all, g, kernel)
+
+
+_gather_matmul.defvjp(_gather_matmul_forward, _gather_matmul_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul_scatter(x, kernel, axis_name):
+    n, here, length = lax.axis_size(axis_name), lax.axis_index(axis_name), x.shape[-2] // lax.axis_size(axis_name)
+    total = None
+    for i in range(n):
+        came = None if i == 0 else _axis.permute(total, axis_name, [(j, (j + 1) % n) for j in range(n)])
+        at = (here + n - 1 - i) % n * length  # n - 1 - i devices away from where it ends
+        y = product(lax.dynamic_slice_in_dim(x, at, length, x.ndim - 2), kernel)
+        total = (y if came is None else y + came).astype(x.dtype)
+    return total
+
+
+def _matmul_scatter_backward(axis_name, given, g):
+    x, kernel = given
+    g_all, dx = _ring_gather(g, kernel.T, axis_name)
+    return dx.astype(x.dtype), _kernel_gradient(x, g_all, kernel)
+
+
+_matmul_scatter.defvjp(
+    lambda x, kernel, axis_name: (_matmul_scatter(x, kernel, axis_name), (x, kernel)), _matmul_scatter_backward
+)
+
+
+def _scattered(x, axis_name):
+    return conjugate.scattered(x, axis_name, x.ndim - 2)
+
+
+WHOLE = Layout(
+    column=lambda x, kernel, axis_name: product(conjugate.copied(x, axis_name), kernel),
+    row=lambda x, kernel, axis_name: conjugate.summed(product(x, kernel).astype(x.dtype), axis_name),
+    total=conjugate.summed,
+    part=lambda x, axis_name: x,
+    whole=lambda x, axis_name: x,
+    shared=lambda parameter, axis_name: parameter,
+)
+"""Every device holds all tokens."""
+
+SPLIT = Layout(
+    column=lambda x, kernel, axis_name: product(conjugate.gathered(x, axis_name, x.ndim - 2), kernel),
+    row=lambda x, kernel, axis_name: _scattered(product(x, kernel).astype(x.dtype), axis_name),
+    total=_scattered,
+    part=lambda x, axis_name: conjugate.sliced(x, axis_name, x.ndim - 2),
+    whole=lambda x, axis_name: conjugate.assembled(x, axis_name, x.ndim - 2),
+    shared=conjugate.copied,
+)
+"""Every device holds T / n tokens, gathered before column layers and scattered after row layers."""
+
+OVERLAPPED = SPLIT._replace(column=gather_matmul, row=matmul_scatter)
+"""As SPLIT, the messages of dense layers overlapping their products."""
+
+
+def column_dense(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    axis_name: str | None = None,
+    *,
+    layout: Layout = WHOLE,
+    dtype: jnp.dtype | None = None,
+) -> jax.Array:
+    """A dense layer with some of its outputs on each device.
+
+    Args:
+      x: as the layout holds it: [..., T, K] or [..., T / n, K].
+      kernel: [K, N / n].
+      bias: [N / n].
+      axis_name: of devices.
+      layout: how devices hold x.
+      dtype: of the result, by default x's; the bias is added before it is rounded.
+
+    Returns:
+      [..., T, N / n].
+
+    >>> print(column_dense(jnp.ones((2, 3)), jnp.ones((3, 1)), jnp.ones(1)))
+    [[4.]
+     [4.]]
+    """
+    y = layout.column(x, kernel, axis_name)
+    return (y if bias is None else y + _last(bias, y)).astype(x.dtype if dtype is None else dtype)
+
+
+def row_dense(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    axis_name: str | None = None,
+    *,
+    layout: Layout = WHOLE,
+) -> jax.Array:
+    """A dense layer with some of its inputs on each device.
+
+    Args:
+      x: [..., T, K / n].
+      kernel: [K / n, N].
+      bias: [N], alike on all devices.
+      axis_name: of devices.
+      layout: how devices are to hold the result.
+
+    Returns:
+      As the layout holds it, [..., T, N] or [..., T / n, N], of x's dtype, in which devices' shares are added.
+
+    >>> print(row_dense(jnp.ones((2, 3)), jnp.ones((3, 1)), jnp.ones(1)))
+    [[4.]
+     [4.]]
+    """
+    y = layout.row(x, kernel, axis_name)
+    return y if bias is None else (y + _last(layout.shared(bias, axis_name), y)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, params: Tree, axis_name: str | None = None, *, layout: Layout = WHOLE) -> jax.Array:
+    """Each token's numbers with mean 0 and variance 1, times `scale` plus `bias` (Ba et al. 2016, arXiv:1607.06450).
+
+    To the variance 1e-6 is added, as flax does.
+
+    Args:
+      x: as the layout holds it, [..., H].
+      params: `scale` and `bias`, [H], alike on all devices.
+      axis_name: of devices.
+      layout: how devices hold x.
+
+    Returns:
+      The shape and dtype of x; in between it is float32.
+
+    >>> print(layer_norm(jnp.array([1.0, 3.0]), {"scale": jnp.ones(2), "bias": jnp.zeros(2)}).round(3))
+    [-1.  1.]
+    """
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+    scale, bias = (_last(layout.shared(params[name], axis_name), x) for name in ("scale", "bias"))
+    return (wide * scale + bias).astype(x.dtype)
+
+
+def embedding(
+    tokens: jax.Array,
+    table: jax.Array,
+    axis_name: str | None = None,
+    *,
+    layout: Layout = WHOLE,
+    dtype: jnp.dtype | None = None,
+) -> jax.Array:
+    """Rows of a table that is split by the vocabulary.
+
+    Args:
+      tokens: [..., T] int, alike on all devices; one outside [0, V) has a row of NaN.
+      table: [V / n, H].
+      axis_name: of devices.
+      layout: how devices are to hold the result.
+      dtype: of the result, and of the messages; by default the table's. The table's gradient is added up in its own.
+
+    Returns:
+      As the layout holds it: [..., T, H] or [..., T / n, H].
+
+    >>> print(embedding(jnp.array([1, 0, 2]), jnp.array([[5.0], [7.0]])).T)
+    [[ 7.  5. nan]]
+    """
+    rows, n = table.shape[0], conjugate.size(axis_name)
+    here = tokens.astype(jnp.int32) - conjugate.index(axis_name) * rows
+    # What other devices have is past the end, where lookups give 0 and gradients are dropped; below 0 is from the end.
+    found = table.at[jnp.where(here < 0, rows, here)].get(mode="fill", fill_value=0)
+    known = (tokens >= 0) & (tokens < n * rows)
+    found = jnp.where(known[..., None], found, jnp.nan)
+    return layout.total(found.astype(table.dtype if dtype is None else dtype), axis_name)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, axis_name: str | None = None) -> jax.Array:
+    """Softmax cross-entropy of logits that are split by the vocabulary and stay so, in nats.
+
+    Three numbers a position are added up over devices: its greatest logit, the sum of exponentials, the label's logit.
+
+    Args:
+      logits: [..., V / n].
+      labels: [...] int, alike on all devices; -1 is padding, of loss 0. One outside [-1, V) has the loss NaN, and so
+        has every gradient through it.
+      axis_name: of devices.
+
+    Returns:
+      [...] float32, alike on all devices.
+
+    >>> print(cross_entropy(jnp.zeros((3, 4)), jnp.array([2, -1, 4])).round(3))
+    [1.386 0.      nan]
+    """
+    columns, n = logits.shape[-1], conjugate.size(axis_name)
+    logits, labels = logits.astype(jnp.float32), labels.astype(jnp.int32)
+    greatest = lax.stop_gradient(jnp.max(logits, axis=-1))
+    greatest = greatest if axis_name is None else lax.pmax(greatest, axis_name)
+    logits = logits - greatest[..., None]
+    here = labels - conjugate.index(axis_name) * columns
+    classes = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    # A comparison and a sum, not a gather, whose gradient is a scatter: slow on CPU, and of no fixed order on GPU.
+    at_label = jnp.sum(jnp.where(classes == here[..., None], logits, 0.0), axis=-1)
+    exponentials = conjugate.summed(jnp.sum(jnp.exp(logits), axis=-1), axis_name)
+    nll = jnp.log(exponentials) - conjugate.summed(at_label, axis_name)
+    # A factor, so that NaN reaches the gradient too.
+    loud = jnp.where((labels < -1) | (labels >= n * columns), jnp.nan, 1.0)
+    return jnp.where(labels != -1, nll * loud, 0.0)
+
+
+def _last(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector along the last axis of an array like x."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
