@@ -26,14 +26,28 @@ from jax.sharding import AbstractMesh, AxisType
 from jfed import core, data, experiment, models, parallel, plot, report, run
 from jfed.collectives import count
 from jfed.core import Algorithm
-from jfed.parallel import conjugate, hybrid
+from jfed.parallel import conjugate
+from jfed.parallel.hybrid import (
+    Dense,
+    HybridModel,
+    HybridParams,
+    alexnet,
+    assemble_all,
+    bytes_sent,
+    dense_layers,
+    hybrid,
+    hybrid_variable_batch,
+    in_parts,
+    in_turns,
+    whole,
+)
 
 SCHEMES: dict[str, Callable] = {
-    "all_at_once": hybrid.assemble_all,
-    "in_turns": hybrid.in_turns,
-    "in_parts": hybrid.in_parts,
+    "all_at_once": assemble_all,
+    "in_turns": in_turns,
+    "in_parts": in_parts,
 }
-VARIABLE = {"in_turns_variable_batch": hybrid.in_turns, "in_parts_variable_batch": hybrid.in_parts}
+VARIABLE = {"in_turns_variable_batch": in_turns, "in_parts_variable_batch": in_parts}
 WAYS = ("one_worker", "data_parallel", "model_parallel", *SCHEMES, *VARIABLE)
 IMAGES, CLASSES = (224, 224, 3), 1000
 
@@ -82,7 +96,7 @@ def main(config: Config) -> None:
         for what, values in (("units", config.dense_units), ("batch", config.batch_sizes))
         for value in values
     }
-    whole, results = experiment.over_cells("hybrid_alexnet", config, cells)
+    recorded, results = experiment.over_cells("hybrid_alexnet", config, cells)
     for what, values, xlabel in (
         ("units", config.dense_units, f"units of a dense layer, batches of {config.workers * config.images}"),
         ("batch", config.batch_sizes, "images in a batch, 4096 units"),
@@ -90,7 +104,7 @@ def main(config: Config) -> None:
         found_at = [results[f"{what}_{value}"] for value in values]
         names = ("data-parallel", "model-parallel", "hybrid")
         plot.plot_curves(
-            whole.folder / f"bytes_by_{what}.png",
+            recorded.folder / f"bytes_by_{what}.png",
             {name: (values, [each[name] / 2**20 for each in found_at]) for name in names},
             xlabel=xlabel,
             ylabel="MiB sent by a worker a step",
@@ -110,11 +124,11 @@ def main(config: Config) -> None:
         if way in config.ways
     ]
     print(report.table(f"A step of {config.workers} workers with {config.images} images each", rows), "\n")
-    print(f"pictures and metrics: {whole.folder}\n")
+    print(f"pictures and metrics: {recorded.folder}\n")
     shown = ("sent", "first_turn", "turns", "loss", "accuracy")
     summary = {f"{way}_{name}": results[way][name] for way in config.ways for name in shown}
     right = all(result["theory"] in ("equal", "") for result in results.values())
-    report.finish(whole, summary | {"counted_as_theory": right, "seeds": config.seeds})
+    report.finish(recorded, summary | {"counted_as_theory": right, "seeds": config.seeds})
 
 
 def found(config: Config, way: str) -> dict[str, Any]:
@@ -125,7 +139,7 @@ def found(config: Config, way: str) -> dict[str, Any]:
         sent, theory = sends(way, n, size)
         result |= {"sent": sent, "theory": _compared(sent, theory)}
     if scheme is not None:
-        features = jax.eval_shape(hybrid.alexnet().features, shapes().features, _images(config.images))
+        features = jax.eval_shape(alexnet().features, shapes().features, _images(config.images))
         waits = [int(count.all_reduce(collect, n, features).sent.max()) for collect in scheme(n).collect]
         result |= {"first_turn": waits[0], "turns": sum(waits)}
     trained = {"loss": None, "accuracy": None} if way == "model_parallel" else training(config, way)
@@ -154,23 +168,23 @@ def sends(way: str, n: int, size: int, units: int = 4096) -> tuple[int, int]:
         theory = 4 * size * (2 * (sum(activities) + sum(widths[1:-1])) + widths[-1]) * (n - 1) // n
         return int(count.all_reduce(split_gradient, n, (_split(params, n), batch)).sent.max()), theory
     devices = AbstractMesh((n,), ("workers",), axis_types=(AxisType.Auto,))
-    method = made(hybrid.alexnet(), way, devices, 0.1, 0.1)
+    method = made(alexnet(), way, devices, 0.1, 0.1)
     counted = count.traced(method.round, jax.eval_shape(method.init, params), batch, jax.random.key(0))
-    return int(counted.sent.max()), hybrid.bytes_sent(convolutions, widths, batch_size=size, workers=n)
+    return int(counted.sent.max()), bytes_sent(convolutions, widths, batch_size=size, workers=n)
 
 
-def shapes(units: int = 4096) -> hybrid.HybridParams:
+def shapes(units: int = 4096) -> HybridParams:
     """Of the full model's parameters, with so many units in both hidden dense layers."""
-    features, dense = jax.eval_shape(hybrid.alexnet(IMAGES, CLASSES).init, jax.random.key(0))
+    features, dense = jax.eval_shape(alexnet(IMAGES, CLASSES).init, jax.random.key(0))
     widths = (dense[0].kernel.shape[0], units, units, CLASSES)
     layers = [
-        hybrid.Dense(jax.ShapeDtypeStruct((i, o), jnp.float32), jax.ShapeDtypeStruct((o,), jnp.float32))
+        Dense(jax.ShapeDtypeStruct((i, o), jnp.float32), jax.ShapeDtypeStruct((o,), jnp.float32))
         for i, o in zip(widths, widths[1:], strict=False)
     ]
-    return hybrid.HybridParams(features, tuple(layers))
+    return HybridParams(features, tuple(layers))
 
 
-def split_gradient(own: tuple, axis_name: str) -> hybrid.HybridParams:
+def split_gradient(own: tuple, axis_name: str) -> HybridParams:
     """The gradient of a worker's channels of every convolution and units of every dense layer: model-parallel.
 
     Activities are gathered before every layer but the first, whose images all workers have.
@@ -181,9 +195,9 @@ def split_gradient(own: tuple, axis_name: str) -> hybrid.HybridParams:
         return models.conv2d(x, kernel, **window)
 
     def mean_loss(params, batch):
-        h = hybrid.alexnet(convolution=convolution).features(params.features, batch["x"])
+        h = alexnet(convolution=convolution).features(params.features, batch["x"])
         h = conjugate.gathered(h, axis_name, 1)
-        return jnp.mean(loss(hybrid.dense_layers(params.dense, h, jax.nn.relu, axis_name), batch["y"]))
+        return jnp.mean(loss(dense_layers(params.dense, h, jax.nn.relu, axis_name), batch["y"]))
 
     return jax.grad(mean_loss)(*own)
 
@@ -194,9 +208,9 @@ def training(config: Config, way: str) -> dict[str, float]:
     population = core.Population(train, jnp.array([0]), jnp.array([train["y"].shape[0]]))
     workers = 1 if way == "one_worker" else config.workers
     classes = -(-10 // config.workers) * config.workers  # some that no label names, so that workers divide them
-    split = hybrid.alexnet((28, 28, 1), classes, width=config.width, stem=(5, 1), convolution=models.conv2d)
+    split = alexnet((28, 28, 1), classes, width=config.width, stem=(5, 1), convolution=models.conv2d)
     method = made(split, way, workers, config.learning_rate, config.dense_learning_rate)
-    model = models.Model(split.init, hybrid.whole(split))
+    model = models.Model(split.init, whole(split))
 
     def one_seed(key):
         order, start, drawn = jax.random.split(key, 3)
@@ -209,20 +223,20 @@ def training(config: Config, way: str) -> dict[str, float]:
     return {name: float(jnp.mean(judged[name])) for name in ("loss", "accuracy")}
 
 
-def made(model: hybrid.HybridModel, way: str, workers: Any, rate: float, dense_rate: float) -> Algorithm:
+def made(model: HybridModel, way: str, workers: Any, rate: float, dense_rate: float) -> Algorithm:
     """The algorithm of one way."""
     optimizer = optax.sgd(rate, momentum=0.9)
     if way in ("one_worker", "data_parallel"):
-        apply = hybrid.whole(model)
+        apply = whole(model)
         return parallel.data_parallel(
             lambda params, batch, key: loss(apply(params, batch["x"]), batch["y"]), optimizer, workers=workers
         )
     if way in VARIABLE:
         dense = optax.sgd(dense_rate, momentum=0.9)
-        return hybrid.hybrid_variable_batch(
+        return hybrid_variable_batch(
             model, loss, optimizer, workers=workers, scheme=VARIABLE[way], dense_optimizer=dense
         )
-    return hybrid.hybrid(model, loss, optimizer, workers=workers, scheme=SCHEMES[way])
+    return hybrid(model, loss, optimizer, workers=workers, scheme=SCHEMES[way])
 
 
 def loss(logits: jax.Array, y: jax.Array) -> jax.Array:
@@ -230,7 +244,7 @@ def loss(logits: jax.Array, y: jax.Array) -> jax.Array:
     return models.cross_entropy(models.from_pair(lambda key: (), lambda _, x: x))((), {"x": logits, "y": y})
 
 
-def _split(params: hybrid.HybridParams, n: int) -> hybrid.HybridParams:
+def _split(params: HybridParams, n: int) -> HybridParams:
     """A worker's channels and units."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], x.shape[-1] // n), x.dtype), params)
 

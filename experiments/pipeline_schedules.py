@@ -90,10 +90,15 @@ def main(config: Config) -> None:
         ylabel="temporary MiB a device",
         title=f"Memory of a step, {config.devices} devices",
     )
-    curves = {f"{way}, lockstep": (config.microbatches, [100 * r["lockstep"] for r in f]) for way, f in chosen.items()}
-    curves |= {f"{way}, measured": (config.microbatches, [100 * idle(r) for r in f]) for way, f in chosen.items()}
-    plot.plot_curves(
-        whole.folder / "idle.png", curves, xlabel="microbatches", ylabel="idle, %", title="Idle share of a step"
+    plot.plot_points(
+        whole.folder / "idle.png",
+        {
+            way: {f"m = {m}": (100 * r["lockstep"], 100 * idle(r)) for m, r in zip(config.microbatches, f, strict=True)}
+            for way, f in chosen.items()
+        },
+        xlabel="idle share in lockstep, %",
+        ylabel="measured, %",
+        title=f"Idle share of a step, {config.devices} devices",
     )
     rows = [
         {

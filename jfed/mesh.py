@@ -93,13 +93,23 @@ def devices_along(where: str, mesh: Mesh, axis: str) -> int:
     return mesh.shape[axis]
 
 
-def shard_map(*, mesh: Mesh, in_specs, out_specs) -> Callable[[Callable], Callable]:
+def shard_map(
+    *, mesh: Mesh, in_specs, out_specs, axis_names: Sequence[str] | None = None
+) -> Callable[[Callable], Callable]:
     """`jax.shard_map` for code that must not know that it runs on many devices.
 
     Replication is not type-checked: a scan inside the function may start from a replicated value.
-    Do not differentiate a collective through it.
+    Do not differentiate a collective through it, but for those of `jfed.parallel.conjugate`.
+
+    Args:
+      mesh: the devices.
+      in_specs: how arguments are split, PartitionSpecs.
+      out_specs: how results are put together.
+      axis_names: the axes that the function is written for, by default all; the others are the compiler's.
     """
-    return lambda f: jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    names = set(mesh.axis_names if axis_names is None else axis_names)
+    options = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs, "axis_names": names, "check_vma": False}
+    return lambda f: jax.shard_map(f, **options)
 
 
 def lost_process(error: BaseException) -> bool:

@@ -8,8 +8,7 @@ import numpy as np
 import optax
 
 from jfed import mesh
-from jfed.parallel import experts, layered, schedules, sharded, transformer
-from jfed.parallel.attention import all_to_all_attention
+from jfed.parallel import all_to_all_attention, layered, mixture_of_experts, on_mesh, schedules, transformer
 
 V, T, B = 24, 8, 16
 KEY = jax.random.key(0)
@@ -18,13 +17,13 @@ TOKENS = np.random.default_rng(0).integers(0, V, (B, T + 1))
 BATCH = {"x": TOKENS[:, :-1].astype(np.int32), "y": TOKENS[:, 1:].astype(np.int32)}
 BATCH["y"][3, 5:], BATCH["y"][7] = -1, -1  # padding, and an example of nothing else
 
-DENSE = functools.partial(transformer.transformer, V, **SIZES)
+DENSE = functools.partial(transformer, V, **SIZES)
 MODELS = {
     "dense": DENSE(),
     "sequence_parallel": DENSE(sequence_parallel=True),
     "overlap": DENSE(sequence_parallel=True, overlap=True),
     "ulysses": DENSE(sequence_attention=all_to_all_attention),
-    "experts": DENSE(feed_forward=experts.mixture_of_experts(4, top=2)),
+    "experts": DENSE(feed_forward=mixture_of_experts(4, top=2)),
 }
 
 SAME = ("dense", "sequence_parallel", "overlap", "ulysses")  # they differ in what they send alone
@@ -88,7 +87,7 @@ def trained(name, optimizer=SGD, steps=1):
     """The params and loss that a case ends with, its state, and how many programs it took."""
     model, axes, options = CASES[name]
     model, devices = MODELS[model], mesh.make(tuple(axes.values()), tuple(axes))
-    method = sharded.on_mesh(model, optimizer, mesh=devices, **options)
+    method = on_mesh(model, optimizer, mesh=devices, **options)
     state, round_fn = method.init(model.init(KEY)), jax.jit(method.round)
     for _ in range(steps):
         state, metrics = round_fn(state, BATCH, KEY)

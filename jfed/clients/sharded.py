@@ -47,18 +47,12 @@ def sharded(mesh: Mesh, inner: ClientMap, *, axis: str = "clients") -> ClientMap
             steps=jnp.where(hand < count, dealt.steps, 0), weight=jnp.where(hand < count, dealt.weight, 0.0)
         )
 
+        @meshes.shard_map(mesh=mesh, in_specs=(P(), P(axis)), out_specs=(P(axis), P()), axis_names=(axis,))
         def on_each(shared, dealt):
             kept, added = inner(work, shared, dealt)
             return kept, lax.psum(added, axis)
 
-        kept, added = jax.shard_map(
-            on_each,
-            mesh=mesh,
-            in_specs=(P(), P(axis)),
-            out_specs=(P(axis), P()),
-            axis_names={axis},
-            check_vma=False,
-        )(shared, dealt)
+        kept, added = on_each(shared, dealt)
         return tree.take(kept, slot), added
 
     return map_fn

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jfed import _validate
 from jfed.core import Tree
+from jfed.parallel._specs import axes_of, is_spec, shardings_of, shortest
 from jfed.parallel.layered import AXES, Axes, Layered, Parts, divides
 from jfed.parallel.schedules import Schedule, check
 
@@ -152,26 +152,6 @@ def summed(all_reduce: Callable, mesh: Mesh, gradient: Tree, specs: Tree, *, als
     return jax.tree.unflatten(structure, leaves)
 
 
-def optimizer_shardings(
-    optimizer: optax.GradientTransformation, state: Tree, mesh: Mesh, shapes: Tree, specs: Tree
-) -> Tree:
-    """Where an optimizer's state lies: what is shaped as a parameter with it, all else on all devices."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda x, like, sharding: sharding if x.shape == like.shape else everywhere,
-        state,
-        shapes,
-        shardings_of(specs, mesh),
-        transform_non_params=lambda x: everywhere,
-    )
-
-
-def shardings_of(specs: Tree, mesh: Mesh) -> Tree:
-    """`NamedSharding`s of PartitionSpecs."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
-
-
 def placed(tree: Tree, shardings: Tree) -> Tree:
     """Arrays where `shardings` say, strongly typed; inside a traced program, a constraint."""
     if not _validate.is_concrete(tree):
@@ -187,41 +167,29 @@ def placed(tree: Tree, shardings: Tree) -> Tree:
     return jax.tree.map(one, tree, shardings)
 
 
-def is_spec(x: Any) -> bool:
-    """Whether this is a leaf of a tree of PartitionSpecs."""
-    return isinstance(x, PartitionSpec)
-
-
 def _cuts(specs: Parts, shapes: Parts, sizes: dict[str, int], fully_sharded: bool) -> tuple[Parts, Parts]:
     n = sizes.get("data", 1) if fully_sharded else 1
     cuts, whole = [], []
     for part, shape, lead in zip(specs, shapes, (0, 2, 0), strict=True):
-        stages = (None, "pipe" if sizes.get("pipe", 1) > 1 else None)[:lead]
+        stages = ((), ("pipe",) if sizes.get("pipe", 1) > 1 else ())[:lead]
         flat, structure = jax.tree.flatten(part, is_leaf=is_spec)
         found = [
             _cut(spec, x.shape[lead:], sizes, n) for spec, x in zip(flat, structure.flatten_up_to(shape), strict=True)
         ]
         cuts.append(jax.tree.unflatten(structure, [cut for cut, _ in found]))
-        whole.append(jax.tree.unflatten(structure, [_spec([*stages, *names]) for _, names in found]))
+        whole.append(jax.tree.unflatten(structure, [shortest([*stages, *names]) for _, names in found]))
     return Parts(*cuts), Parts(*whole)
 
 
 def _cut(spec: PartitionSpec, shape: tuple[int, ...], sizes: dict[str, int], n: int) -> tuple[int, list]:
     """The longest axis that n divides and nobody has split, or -1; and the names of axes."""
-    names = [name if sizes.get(name, 1) > 1 else None for name in spec]
-    names += [None] * (len(shape) - len(names))
-    free = [i for i, name in enumerate(names) if name is None and shape[i] and shape[i] % n == 0]
+    names = [tuple(name for name in entry if sizes.get(name, 1) > 1) for entry in axes_of(spec)]
+    names += [()] * (len(shape) - len(names))
+    free = [i for i, name in enumerate(names) if not name and shape[i] and shape[i] % n == 0]
     cut = max(free, key=lambda i: shape[i], default=-1) if n > 1 else -1
     if cut >= 0:
-        names[cut] = "data"
+        names[cut] = ("data",)
     return cut, names
-
-
-def _spec(names: list) -> PartitionSpec:
-    """As XLA writes it, so that its results pass for arrays of the same: no None at the end."""
-    while names and names[-1] is None:
-        names = names[:-1]
-    return PartitionSpec(*names)
 
 
 def _unlike(tree: Tree, shapes: Tree) -> str | None:

@@ -26,9 +26,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jfed._axis import differing, on_devices, permute
+from jfed._axis import permute
 from jfed.core import Tree
-from jfed.parallel.conjugate import index, size
+from jfed.parallel.conjugate import exchanged, index, size
 from jfed.parallel.layered import divides
 
 
@@ -147,40 +147,6 @@ def all_to_all_attention(
         return attention(q, k, v)
     divides("all_to_all_attention", {axis_name: size(axis_name)}, axis_name, heads=q.shape[2])
     return exchanged(attention(*(exchanged(x, axis_name, 2, 1) for x in (q, k, v))), axis_name, 1, 2)
-
-
-def exchanged(x: jax.Array, axis_name: str | None, split: int, join: int) -> jax.Array:
-    """Part j along one axis for device j, and what all devices have for this one, put together along another.
-
-    Gradients go the way back.
-
-    Args:
-      x: [..., n d, ..., e, ...] on each of n devices.
-      axis_name: of devices.
-      split: the axis of n d, not negative.
-      join: the axis of e, not negative; may be the same.
-
-    Returns:
-      [..., d, ..., n e, ...].
-
-    >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-    >>> print(jax.vmap(lambda x: exchanged(x, "expert", 0, 0), axis_name="expert")(x))
-    [[1. 3.]
-     [2. 4.]]
-    """
-    return x if axis_name is None else _exchanged(x, axis_name, split, join)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _exchanged(x, axis_name, split, join):
-    x = x if on_devices(axis_name) else differing(x, axis_name)
-    return lax.all_to_all(x, axis_name, split, join, tiled=True)
-
-
-_exchanged.defvjp(
-    lambda x, *where: (_exchanged(x, *where), None),
-    lambda axis_name, split, join, _, g: (_exchanged(g, axis_name, join, split),),
-)
 
 
 class _Part(NamedTuple):

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jfed.core import Algorithm, Cohort, Tree
+from jfed.parallel._specs import axes_of, is_spec, shardings_of, shortest, specs_like
 
 
 def split_model(algorithm: Algorithm, *, mesh: Mesh, specs: Tree) -> Algorithm:
@@ -57,7 +58,7 @@ def split_model(algorithm: Algorithm, *, mesh: Mesh, specs: Tree) -> Algorithm:
 
     def shardings(state: Tree) -> Tree:
         like = specs_like(jax.eval_shape(lambda s: s, state), jax.eval_shape(algorithm.params, state), specs)
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), like, is_leaf=_is_spec)
+        return shardings_of(like, mesh)
 
     def init_fn(params: Tree) -> Tree:
         params = put(params, mesh=mesh, specs=specs)
@@ -98,45 +99,13 @@ def put(params: Tree, *, mesh: Mesh, specs: Tree) -> Tree:
     _fits(params, specs, mesh)
 
     def one(spec, x):
-        sharding = NamedSharding(mesh, _shortest(_axes(spec)))
+        sharding = NamedSharding(mesh, shortest(axes_of(spec)))
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.jit(lambda x: x, out_shardings=sharding)(x)
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(one, specs, params, is_leaf=_is_spec)
-
-
-def specs_like(tree: Tree, params: Tree, specs: Tree) -> Tree:
-    """How to split a tree that holds things of the shape of params.
-
-    Args:
-      tree: of arrays or their shapes.
-      params: likewise.
-      specs: a tree like params, of `PartitionSpec`s.
-
-    Returns:
-      A tree like `tree`. A leaf whose path ends in that of a parameter, and whose shape ends in its shape, has the
-      parameter's spec for these last axes; any other, and all axes before, are not split.
-
-    >>> import optax
-    >>> params = {"w": jnp.zeros((4, 6)), "b": jnp.zeros(6)}
-    >>> momenta = optax.adam(0.1).init(params)
-    >>> print(*specs_like(momenta, params, {"w": P(None, "model"), "b": P("model")})[0].mu["w"])
-    None model
-    """
-    flat = jax.tree.leaves(specs, is_leaf=_is_spec)
-    known = [(path, x.shape, spec) for (path, x), spec in zip(jax.tree.leaves_with_path(params), flat, strict=True)]
-    known.sort(key=lambda one: -len(one[0]))  # the longest path that fits
-
-    def one(path, leaf):
-        for ending, shape, spec in known:
-            lead = len(leaf.shape) - len(shape)
-            if lead >= 0 and leaf.shape[lead:] == shape and path[len(path) - len(ending) :] == ending:
-                return _shortest([None] * lead + _axes(spec))
-        return P()
-
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree.map(one, specs, params, is_leaf=is_spec)
 
 
 def on_parts(loss: Callable, *, mesh: Mesh, specs: Tree) -> Callable:
@@ -234,30 +203,13 @@ def _is_inexact(x) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
-def _is_spec(x) -> bool:
-    return isinstance(x, P)
-
-
-def _axes(spec: P) -> list[tuple[str, ...]]:
-    """The axes that each dimension is split over."""
-    return [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
-
-
-def _shortest(axes: list) -> P:
-    """The spec as JAX writes it; programs are found again by how arrays lie, to the letter."""
-    entries = [None if not names else names[0] if len(names) == 1 else names for names in axes]
-    while entries and entries[-1] is None:
-        entries.pop()
-    return P(*entries)
-
-
 def _known(specs: Tree, mesh: Mesh, where: str) -> list[str]:
     """The axes that `specs` names, in the mesh's order."""
     named = set()
-    for spec in jax.tree.leaves(specs, is_leaf=_is_spec):
-        if not _is_spec(spec):
+    for spec in jax.tree.leaves(specs, is_leaf=is_spec):
+        if not is_spec(spec):
             raise ValueError(f"{where}(specs=...): holds {spec!r}; every leaf must be a jax.sharding.PartitionSpec.")
-        named |= {axis for axes in _axes(spec) for axis in axes}
+        named |= {axis for axes in axes_of(spec) for axis in axes}
     for axis in sorted(named - set(mesh.axis_names)):
         raise ValueError(f"{where}(specs=...): names axis {axis!r}, the mesh has {mesh.axis_names}; use one of them.")
     return [axis for axis in mesh.axis_names if axis in named]
@@ -265,15 +217,15 @@ def _known(specs: Tree, mesh: Mesh, where: str) -> list[str]:
 
 def _fits(params: Tree, specs: Tree, mesh: Mesh) -> None:
     """Refuses specs that are not those of params."""
-    ours, theirs = jax.tree.structure(specs, is_leaf=_is_spec), jax.tree.structure(params)
+    ours, theirs = jax.tree.structure(specs, is_leaf=is_spec), jax.tree.structure(params)
     if ours != theirs:
         raise ValueError(f"specs={ours}: must be a tree like params, {theirs}; give every leaf a PartitionSpec.")
-    leaves = jax.tree.leaves(specs, is_leaf=_is_spec)
+    leaves = jax.tree.leaves(specs, is_leaf=is_spec)
     for (path, x), spec in zip(jax.tree.leaves_with_path(params), leaves, strict=True):
         name, shape = f"params{jax.tree_util.keystr(path)}", np.shape(x)
         if len(spec) > len(shape):
             raise ValueError(f"{name} of shape {shape}: its {spec} speaks of {len(spec)} axes; leave the last out.")
-        for i, axes in enumerate(_axes(spec)):
+        for i, axes in enumerate(axes_of(spec)):
             n = math.prod(mesh.shape[axis] for axis in axes)
             if shape[i] % n:
                 raise ValueError(

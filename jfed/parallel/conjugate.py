@@ -11,6 +11,7 @@ and every device gets the gradient of its own part.
     scattered    reduce-scatter      all-gather          g bar
     sliced       nothing, own part   all-gather          scatter to the region
     assembled    all-gather          nothing, own part   gather from the region
+    exchanged    all-to-all          all-to-all back
 
 They run under `jfed.mesh.shard_map` and under `vmap(axis_name=)`; with `axis_name=None` there is one device, and each
 is the identity. Their derivatives are again these functions, so reverse mode may be nested.
@@ -24,6 +25,8 @@ import functools
 
 import jax
 from jax import lax
+
+from jfed._axis import differing, on_devices
 
 
 def size(axis_name: str | None) -> int:
@@ -111,6 +114,28 @@ def assembled(x: jax.Array, axis_name: str | None, axis: int) -> jax.Array:
     return x if axis_name is None else _assembled(x, axis_name, axis)
 
 
+def exchanged(x: jax.Array, axis_name: str | None, split: int, join: int) -> jax.Array:
+    """Part j along one axis for device j, and what all devices have for this one, put together along another.
+
+    Gradients go the way back.
+
+    Args:
+      x: [..., n d, ..., e, ...] on each of n devices.
+      axis_name: of devices.
+      split: the axis of n d, not negative.
+      join: the axis of e, not negative; may be the same.
+
+    Returns:
+      [..., d, ..., n e, ...].
+
+    >>> x = jax.numpy.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> print(jax.vmap(lambda x: exchanged(x, "expert", 0, 0), axis_name="expert")(x))
+    [[1. 3.]
+     [2. 4.]]
+    """
+    return x if axis_name is None else _exchanged(x, axis_name, split, join)
+
+
 def _pair(f, backward):
     """`f(x, *where)`, differentiated by `backward(gradient, *where)`, which may be made of other pairs."""
     function = jax.custom_vjp(f, nondiff_argnums=tuple(range(1, f.__code__.co_argcount)))
@@ -121,6 +146,11 @@ def _pair(f, backward):
 def _own(x, axis_name, axis):
     length = x.shape[axis] // lax.axis_size(axis_name)
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axis_name) * length, length, axis)
+
+
+def _all_to_all(x, axis_name, split, join):
+    x = x if on_devices(axis_name) else differing(x, axis_name)
+    return lax.all_to_all(x, axis_name, split, join, tiled=True)
 
 
 _copied = _pair(lambda x, axis_name: x, lambda g, axis_name: _summed(g, axis_name))
@@ -138,3 +168,4 @@ _assembled = _pair(
     lambda x, axis_name, axis: lax.all_gather(x, axis_name, axis=axis, tiled=True),
     lambda g, axis_name, axis: _sliced(g, axis_name, axis),
 )
+_exchanged = _pair(_all_to_all, lambda g, axis_name, split, join: _exchanged(g, axis_name, join, split))

@@ -25,8 +25,7 @@ from jax.sharding import PartitionSpec
 
 from jfed import _validate
 from jfed.core import Tree
-from jfed.parallel.attention import exchanged
-from jfed.parallel.conjugate import copied, size, summed
+from jfed.parallel.conjugate import copied, exchanged, size, summed
 from jfed.parallel.layered import Axes, divides
 from jfed.parallel.tensor import product
 

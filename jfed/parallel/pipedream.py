@@ -24,6 +24,7 @@ from jfed import _validate
 from jfed import mesh as meshes
 from jfed.core import Algorithm, Tree
 from jfed.parallel import _placing, _workers, pipeline
+from jfed.parallel._specs import shardings_of, specs_like
 from jfed.parallel.layered import Layered, Parts
 from jfed.parallel.schedules import fused, one_f_one_b
 from jfed.parallel.sharded import MeshState
@@ -97,17 +98,13 @@ def pipedream(
         parts, states = (Parts(enter[i], (parts, states)[i].blocks, leave[i]) for i in (0, 1))
         return lax.psum(loss, alike) / microbatches, parts, states
 
-    def shardings(states: Parts) -> Parts:
-        found = (
-            _placing.optimizer_shardings(optimizer, state, mesh, shapes, specs)
-            for state, shapes, specs in zip(states, placing.shapes, placing.specs, strict=True)
-        )
-        return Parts(*found)
+    def specs_of(states: Parts) -> Parts:
+        return Parts(*map(specs_like, states, placing.shapes, placing.specs))
 
     def placed(state: MeshState) -> MeshState:
         everywhere = jax.sharding.NamedSharding(mesh, PartitionSpec())
-        own = _placing.shardings_of(placing.specs, mesh)
-        return _placing.placed(state, MeshState(own, shardings(state.optimizer), everywhere))
+        own, inner = (shardings_of(specs, mesh) for specs in (placing.specs, specs_of(state.optimizer)))
+        return _placing.placed(state, MeshState(own, inner, everywhere))
 
     def init_fn(params: Tree) -> MeshState:
         parts = placing.parts(params)
@@ -117,7 +114,7 @@ def pipedream(
     def round_fn(state: MeshState, batch: Tree, key: jax.Array) -> tuple[MeshState, dict]:
         del key
         _placing.check_batch(where, placing, batch, microbatches)
-        inner = jax.tree.map(lambda sharding: sharding.spec, shardings(state.optimizer))
+        inner = specs_of(state.optimizer)
         # A device's share of each microbatch must lie together.
         devices = math.prod(mesh.shape[name] for name in placing.batch_axes)
         batch = jax.tree.map(lambda x: _dealt(x, microbatches, devices), batch)

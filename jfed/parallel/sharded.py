@@ -30,6 +30,7 @@ from jfed import mesh as meshes
 from jfed.core import Algorithm, Tree
 from jfed.parallel import _placing, _workers, conjugate, pipeline
 from jfed.parallel._phases import lean
+from jfed.parallel._specs import shardings_of, specs_like
 from jfed.parallel.layered import Functions, Layered, Parts
 from jfed.parallel.schedules import Schedule, one_f_one_b
 
@@ -125,9 +126,9 @@ def on_mesh(
 
     def placed(state: MeshState) -> MeshState:
         """The state on the mesh, as a step returns it."""
-        inner = _placing.optimizer_shardings(optimizer, state.optimizer, mesh, placing.shapes, specs)
+        inner = shardings_of(specs_like(state.optimizer, placing.shapes, specs), mesh)
         everywhere = NamedSharding(mesh, PartitionSpec())
-        return _placing.placed(state, MeshState(_placing.shardings_of(specs, mesh), inner, everywhere))
+        return _placing.placed(state, MeshState(shardings_of(specs, mesh), inner, everywhere))
 
     def init_fn(params: Tree) -> MeshState:
         parts = placing.parts(params)

@@ -61,7 +61,10 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     >>> print(product(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 1))).dtype)
     float32
     """
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    # As matrices, which XLA:CPU of jax 0.7 must have to multiply bfloat16.
+    rows = x.reshape(-1, x.shape[-1])
+    y = jnp.matmul(rows, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _kernel_gradient(x: jax.Array, g: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -12,10 +12,23 @@ from jax.sharding import AbstractMesh, AxisType
 from jfed import mesh
 from jfed.collectives import compressed, count, ring_all_reduce
 from jfed.compress import quantize
-from jfed.parallel import hybrid
+from jfed.parallel.hybrid import (
+    Dense,
+    HybridModel,
+    HybridParams,
+    alexnet,
+    assemble_all,
+    bytes_sent,
+    dense_layers,
+    hybrid,
+    hybrid_variable_batch,
+    in_parts,
+    in_turns,
+    whole,
+)
 
 B, SIDE, F, STEPS, KEY = 32, 6, 10, 3, jax.random.key(0)
-SCHEMES = {"assemble_all": hybrid.assemble_all, "in_turns": hybrid.in_turns, "in_parts": hybrid.in_parts}
+SCHEMES = {"assemble_all": assemble_all, "in_turns": in_turns, "in_parts": in_parts}
 RATES = optax.sgd(0.5, momentum=0.9)
 
 
@@ -27,13 +40,13 @@ def batch(t, size=B):
     return {"x": numbers(t, size, SIDE), "y": np.random.default_rng(t).integers(0, 8, size).astype(np.int32)}
 
 
-MODEL = hybrid.HybridModel(lambda key: PARAMS, lambda w, x: jnp.tanh(x @ w["w"]), jnp.tanh)
-PARAMS = hybrid.HybridParams(
+MODEL = HybridModel(lambda key: PARAMS, lambda w, x: jnp.tanh(x @ w["w"]), jnp.tanh)
+PARAMS = HybridParams(
     {"w": numbers(1, SIDE, F) / 2},
     (
-        hybrid.Dense(numbers(2, F, 12) / 2, numbers(3, 12)),
-        hybrid.Dense(numbers(4, 12, 4) / 2, numbers(5, 4)),
-        hybrid.Dense(numbers(6, 4, 8), numbers(7, 8)),
+        Dense(numbers(2, F, 12) / 2, numbers(3, 12)),
+        Dense(numbers(4, 12, 4) / 2, numbers(5, 4)),
+        Dense(numbers(6, 4, 8), numbers(7, 8)),
     ),
 )
 
@@ -43,7 +56,7 @@ def loss(logits, y):
 
 
 def of_batch(params, batch):
-    return jnp.mean(loss(hybrid.whole(MODEL)(params, batch["x"]), batch["y"]))
+    return jnp.mean(loss(whole(MODEL)(params, batch["x"]), batch["y"]))
 
 
 def devices(*shape):
@@ -81,7 +94,7 @@ WORKERS = {
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_trains_as_one_device_does_and_compiles_once(scheme, workers):
-    method = hybrid.hybrid(MODEL, loss, RATES, workers=WORKERS[workers](), scheme=SCHEMES[scheme])
+    method = hybrid(MODEL, loss, RATES, workers=WORKERS[workers](), scheme=SCHEMES[scheme])
     round_fn, state = jax.jit(method.round), method.init(PARAMS)
     assert_close(method.params(state), PARAMS, atol=0)
     for t, (params, value) in enumerate(alone()):
@@ -119,7 +132,7 @@ def variable_batch_by_hand(scheme, n, rate, dense_rate):
     signals, values, turns = jnp.zeros_like(h), [], own_examples(scheme, n, B // n)
 
     def turn_loss(dense, h, y):
-        return jnp.mean(loss(hybrid.dense_layers(dense, h, MODEL.activation, None), y))
+        return jnp.mean(loss(dense_layers(dense, h, MODEL.activation, None), y))
 
     for rows in turns:
         value, (gradient, signal) = jax.value_and_grad(turn_loss, (0, 1))(dense, h[rows], data["y"][rows])
@@ -127,13 +140,13 @@ def variable_batch_by_hand(scheme, n, rate, dense_rate):
         signals, values = signals.at[rows].set(signal / len(turns)), [*values, value]
     (gradient,) = back(signals)
     features = jax.tree.map(lambda p, g: p - rate * g, features, gradient)
-    return hybrid.HybridParams(features, dense), sum(values) / len(values)
+    return HybridParams(features, dense), sum(values) / len(values)
 
 
 @pytest.mark.parametrize("workers", ["4", "4 devices"])
 @pytest.mark.parametrize("scheme", ["in_turns", "in_parts"])
 def test_with_a_variable_batch_dense_layers_step_after_each_turn_and_convolutions_once(scheme, workers):
-    method = hybrid.hybrid_variable_batch(
+    method = hybrid_variable_batch(
         MODEL,
         loss,
         optax.sgd(0.5),
@@ -150,7 +163,7 @@ def test_with_a_variable_batch_dense_layers_step_after_each_turn_and_convolution
 
 
 def test_a_device_holds_its_units_of_dense_layers_and_of_their_optimizers_state_only():
-    method = hybrid.hybrid(MODEL, loss, optax.adam(0.1), workers=devices(4))
+    method = hybrid(MODEL, loss, optax.adam(0.1), workers=devices(4))
     state, _ = jax.jit(method.round)(method.init(PARAMS), batch(0), KEY)
     for layers in (state.dense, state.dense_optimizer[0].mu):
         shapes = [[shard.data.shape for shard in layer.kernel.addressable_shards] for layer in layers]
@@ -158,7 +171,7 @@ def test_a_device_holds_its_units_of_dense_layers_and_of_their_optimizers_state_
 
 
 def test_dense_layers_may_have_an_optimizer_of_their_own():
-    method = hybrid.hybrid(MODEL, loss, optax.sgd(0.5), workers=2, dense_optimizer=optax.set_to_zero())
+    method = hybrid(MODEL, loss, optax.sgd(0.5), workers=2, dense_optimizer=optax.set_to_zero())
     state, _ = jax.jit(method.round)(method.init(PARAMS), batch(0), KEY)
     assert_close(method.params(state).dense, PARAMS.dense, atol=0)
     assert abs(method.params(state).features["w"] - PARAMS.features["w"]).max() > 1e-3
@@ -166,7 +179,7 @@ def test_dense_layers_may_have_an_optimizer_of_their_own():
 
 def test_gradients_of_convolutions_pass_any_all_reduce():
     exact, ring, coarse = (
-        hybrid.hybrid(MODEL, loss, RATES, workers=devices(4), all_reduce=all_reduce)
+        hybrid(MODEL, loss, RATES, workers=devices(4), all_reduce=all_reduce)
         for all_reduce in (None, ring_all_reduce, compressed.ring(quantize(2, rounding="nearest")))
     )
     a, b, c = (
@@ -181,12 +194,12 @@ def test_activities_of_small_floats_travel_as_such_and_are_added_up_in_float32()
     low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
     rounded = jax.tree.map(lambda x: x.astype(jnp.float32), low)
     data = batch(0) | {"x": batch(0)["x"].astype(jnp.bfloat16)}
-    method = hybrid.hybrid(MODEL, loss, optax.sgd(0.0), workers=devices(4))
+    method = hybrid(MODEL, loss, optax.sgd(0.0), workers=devices(4))
     _, metrics = jax.jit(method.round)(method.init(low), data, KEY)
     assert metrics["loss"].dtype == jnp.float32
     np.testing.assert_allclose(metrics["loss"], of_batch(rounded, batch(0)), rtol=0.02)
     sent = count.traced(method.round, method.init(low), data, KEY).sent
-    expected = hybrid.bytes_sent(SIDE * F, [F, 12, 4, 8], batch_size=B, workers=4, itemsize=2)
+    expected = bytes_sent(SIDE * F, [F, 12, 4, 8], batch_size=B, workers=4, itemsize=2)
     assert sent.max() == expected + 2 * B * 8 * 3 // 4  # logits are float32
 
 
@@ -204,65 +217,65 @@ def counted(make, model, n, size, shape):
 @pytest.mark.parametrize("n", [2, 4, 8, 64])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_bytes_sent_are_what_theory_says(scheme, n):
-    model = hybrid.HybridModel(
-        lambda key: hybrid.HybridParams(
-            jnp.zeros((SIDE, F)), tuple(hybrid.Dense(jnp.zeros(s), jnp.zeros(s[1])) for s in ((F, 192), (192, 64)))
+    model = HybridModel(
+        lambda key: HybridParams(
+            jnp.zeros((SIDE, F)), tuple(Dense(jnp.zeros(s), jnp.zeros(s[1])) for s in ((F, 192), (192, 64)))
         ),
         lambda w, x: x @ w,
     )
     size = n * n
     if scheme == "in_turns" and n == 64:
         n = size = 16  # its program has a message for every pair of workers
-    make = functools.partial(hybrid.hybrid, model, loss, RATES, scheme=SCHEMES[scheme])
+    make = functools.partial(hybrid, model, loss, RATES, scheme=SCHEMES[scheme])
     sends = counted(make, model, n, size, (SIDE,))
-    expected = hybrid.bytes_sent(SIDE * F, [F, 192, 64], batch_size=size, workers=n)
+    expected = bytes_sent(SIDE * F, [F, 192, 64], batch_size=size, workers=n)
     assert set(sends.sent) == set(sends.received) == {expected}
 
 
 @pytest.mark.parametrize("scheme", ["in_turns", "in_parts"])
 def test_a_variable_batch_sends_no_more(scheme):
-    make = functools.partial(hybrid.hybrid_variable_batch, MODEL, loss, RATES, dense_optimizer=RATES)
+    make = functools.partial(hybrid_variable_batch, MODEL, loss, RATES, dense_optimizer=RATES)
     sends = counted(functools.partial(make, scheme=SCHEMES[scheme]), MODEL, 4, B, (SIDE,))
-    assert set(sends.sent) == {hybrid.bytes_sent(SIDE * F, [F, 12, 4, 8], batch_size=B, workers=4)}
+    assert set(sends.sent) == {bytes_sent(SIDE * F, [F, 12, 4, 8], batch_size=B, workers=4)}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_alexnet_of_the_paper_sends_a_third_of_data_parallel_training(scheme):
-    model, n, size = hybrid.alexnet(), 8, 1024
+    model, n, size = alexnet(), 8, 1024
     shapes = jax.eval_shape(model.init, KEY)
     convolutions, dense = (sum(x.size for x in jax.tree.leaves(part)) for part in shapes)
     assert (convolutions, dense) == (3_207_104, 58_631_144)
-    make = functools.partial(hybrid.hybrid, model, loss, RATES, scheme=SCHEMES[scheme])
+    make = functools.partial(hybrid, model, loss, RATES, scheme=SCHEMES[scheme])
     sends = counted(make, model, n, size, (224, 224, 3))
-    expected = hybrid.bytes_sent(convolutions, [9216, 4096, 4096, 1000], batch_size=size, workers=n)
+    expected = bytes_sent(convolutions, [9216, 4096, 4096, 1000], batch_size=size, workers=n)
     assert set(sends.sent) == {expected}
     averaged = count.all_reduce(jax.lax.psum, n, shapes).sent.max()
     assert 2.8 < averaged / expected < 2.9
 
 
 def test_a_small_alexnet_trains_all_of_its_layers():
-    model = hybrid.alexnet((20, 16, 1), 4, width=1 / 32, stem=(5, 1))
+    model = alexnet((20, 16, 1), 4, width=1 / 32, stem=(5, 1))
     params = model.init(KEY)
     data = {"x": numbers(0, 8, 20, 16, 1), "y": np.arange(8, dtype=np.int32) % 4}
-    method = hybrid.hybrid(model, loss, optax.sgd(0.1), workers=2)
+    method = hybrid(model, loss, optax.sgd(0.1), workers=2)
     state, metrics = jax.jit(method.round)(method.init(params), data, KEY)
-    expected = jnp.mean(loss(hybrid.whole(model)(params, data["x"]), data["y"]))
+    expected = jnp.mean(loss(whole(model)(params, data["x"]), data["y"]))
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     change = jax.tree.map(lambda before, after: abs(after - before).max(), params, method.params(state))
     assert min(jax.tree.leaves(change)) > 1e-5
 
 
 def first_round(size=B, params=PARAMS, workers=4, model=MODEL, loss=loss, **options):
-    method = hybrid.hybrid(model, loss, RATES, workers=workers, **options)
+    method = hybrid(model, loss, RATES, workers=workers, **options)
     return method.round(method.init(params), batch(0, size), KEY)
 
 
-UNEVEN = PARAMS._replace(dense=(*PARAMS.dense[:2], hybrid.Dense(numbers(0, 4, 10), numbers(0, 10))))
+UNEVEN = PARAMS._replace(dense=(*PARAMS.dense[:2], Dense(numbers(0, 4, 10), numbers(0, 10))))
 WRONG = {
     "batch": (lambda: first_round(30), r"batch of 30\): the axis 'workers' has 4 workers.*multiple of 16"),
     "parts": (lambda: first_round(36), r"batch of 36\).*4 workers.*taken in 4 parts; take a multiple of 16"),
     "nothing": (lambda: first_round(0), r"batch of 0\)"),
-    "whole batch": (lambda: first_round(30, scheme=hybrid.in_turns), r"which must divide it; take a multiple of 4"),
+    "whole batch": (lambda: first_round(30, scheme=in_turns), r"which must divide it; take a multiple of 4"),
     "units": (lambda: first_round(params=UNEVEN), r"dense\[2\]\(units=10\).*'workers' has 4 devices.*units=12"),
     "on a mesh": (lambda: first_round(params=UNEVEN, workers=devices(4)), r"units=10\).*'rows' has 4 devices"),
     "no layer": (lambda: first_round(params=PARAMS._replace(dense=())), r"no dense layer"),
@@ -276,19 +289,17 @@ WRONG = {
     "workers": (lambda: first_round(workers=0), r"workers=0"),
     "optimizer": (lambda: first_round(dense_optimizer=0.1), r"dense_optimizer=0.1\): give an optax optimizer"),
     "one turn": (
-        lambda: hybrid.hybrid_variable_batch(
-            MODEL, loss, RATES, workers=2, scheme=hybrid.assemble_all, dense_optimizer=RATES
-        ),
+        lambda: hybrid_variable_batch(MODEL, loss, RATES, workers=2, scheme=assemble_all, dense_optimizer=RATES),
         r"one turn; take in_turns or in_parts",
     ),
     "no optimizer": (
-        lambda: hybrid.hybrid_variable_batch(MODEL, loss, RATES, workers=2, dense_optimizer=None),
+        lambda: hybrid_variable_batch(MODEL, loss, RATES, workers=2, dense_optimizer=None),
         r"dense_optimizer=None",
     ),
-    "image": (lambda: hybrid.alexnet((32, 32, 3)), r"image_shape=\(32, 32, 3\), stem=\(11, 4\)\).*\(5, 1\)"),
-    "width": (lambda: hybrid.alexnet(width=0), r"width=0\)"),
-    "classes": (lambda: hybrid.alexnet(num_classes=0), r"num_classes=0\)"),
-    "stride": (lambda: hybrid.alexnet(stem=(5, 0)), r"stride of stem=0\)"),
+    "image": (lambda: alexnet((32, 32, 3)), r"image_shape=\(32, 32, 3\), stem=\(11, 4\)\).*\(5, 1\)"),
+    "width": (lambda: alexnet(width=0), r"width=0\)"),
+    "classes": (lambda: alexnet(num_classes=0), r"num_classes=0\)"),
+    "stride": (lambda: alexnet(stem=(5, 0)), r"stride of stem=0\)"),
 }
 
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from jfed import mesh
-from jfed.parallel import schedules, sharded
+from jfed.parallel import on_mesh, schedules, transformer
 
 
 def close(a, b, atol=1e-5):
@@ -47,10 +47,10 @@ def test_in_three_dimensions_blocks_are_dealt_to_stages_and_their_layers_to_tens
 
 
 def test_what_is_not_recomputed_needs_no_gathered_parameters_kept():
-    """A block's gathered weights are no residuals: the temporary memory of 8 blocks is not that of 8 gathered blocks."""
-    model = meshes.transformer.transformer(16, width=128, layers=8, heads=4, context=4)
+    """A block's gathered weights are no residuals: temporary memory is not that of 8 gathered blocks."""
+    model = transformer(16, width=128, layers=8, heads=4, context=4)
     batch = {"x": jnp.zeros((8, 4), jnp.int32), "y": jnp.zeros((8, 4), jnp.int32)}
-    method = sharded.on_mesh(
+    method = on_mesh(
         model, optax.sgd(0.1), mesh=mesh.make((8,), ("data",)), fully_sharded=True, recompute=False
     )
     state = jax.eval_shape(method.init, jax.eval_shape(model.init, meshes.KEY))
@@ -79,7 +79,7 @@ REFUSED = {
 def test_what_does_not_fit_is_refused_before_anything_compiles(name):
     axes, options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
-        sharded.on_mesh(SMALL, optax.sgd(1.0), mesh=mesh.make(tuple(axes.values()), tuple(axes)), **options)
+        on_mesh(SMALL, optax.sgd(1.0), mesh=mesh.make(tuple(axes.values()), tuple(axes)), **options)
 
 
 @pytest.mark.parametrize(
@@ -90,14 +90,14 @@ def test_what_does_not_fit_is_refused_before_anything_compiles(name):
     ],
 )
 def test_a_batch_that_cannot_be_dealt_is_refused(axes, batch, message):
-    method = sharded.on_mesh(SMALL, optax.sgd(1.0), mesh=mesh.make(tuple(axes.values()), tuple(axes)))
+    method = on_mesh(SMALL, optax.sgd(1.0), mesh=mesh.make(tuple(axes.values()), tuple(axes)))
     state = method.init(SMALL.init(meshes.KEY))
     with pytest.raises(ValueError, match=message):
         method.round(state, {"x": jnp.zeros(batch, jnp.int32), "y": jnp.zeros(batch, jnp.int32)}, meshes.KEY)
 
 
 def test_params_of_another_model_are_refused():
-    method = sharded.on_mesh(SMALL, optax.sgd(1.0), mesh=mesh.make((2,), ("data",)))
-    other = meshes.transformer.transformer(meshes.V + 8, **meshes.SIZES)
+    method = on_mesh(SMALL, optax.sgd(1.0), mesh=mesh.make((2,), ("data",)))
+    other = transformer(meshes.V + 8, **meshes.SIZES)
     with pytest.raises(ValueError, match="in place of"):
         method.init(other.init(meshes.KEY))

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jfed import mesh, models
 from jfed.collectives import count
 from jfed.parallel.attention import all_to_all_attention, zigzag_attention
-from jfed.parallel.experts import mixture_of_experts
+from jfed.parallel.experts import FeedForward, mixture_of_experts
 from jfed.parallel.layered import Axes
 from jfed.parallel.transformer import transformer
 
@@ -191,6 +191,17 @@ def test_attention_is_what_one_gives():
     # Nothing but attention tells a token of others.
     moved = model.functions(Axes()).block(one, h + jnp.zeros_like(h).at[0, 0].set(jnp.arange(8.0)))
     close(moved[0, 1:], model.functions(Axes()).block(one, h)[0, 1:])
+
+
+def test_balance_losses_of_all_blocks_are_added_to_every_example():
+    def balanced(value):
+        def apply(params, h, axes):
+            return jnp.zeros_like(h), value * jnp.arange(B, dtype=jnp.float32)
+
+        model = transformer(V, **SIZES, feed_forward=FeedForward(lambda key, width: {}, {}, apply, lambda sizes: None))
+        return losses(model, Axes(), model.split(model.init(jax.random.key(0))), BATCH)
+
+    close(balanced(3.0) - balanced(0.0), SIZES["layers"] * 3.0 * jnp.arange(B))
 
 
 def sent_by(function, sizes, options):
