@@ -1,14 +1,29 @@
 """A decoder-only transformer on Shakespeare's characters, trained over any mesh by one function.
 
 Claim: how a model lies on devices does not matter to what it learns. The same run on one device, data-parallel, fully
-sharded, tensor-parallel, in a pipeline, over a split sequence, or all at once ends with the same losses, and a run that
-was stopped on one mesh goes on on another.
+sharded, tensor-parallel, in a pipeline or over a split sequence ends with the same losses, to 1e-5, and a run that was
+stopped on one mesh goes on on another.
 
-TABLE
+| mesh                          | options                                              | loss    | last    | held     |
+|-------------------------------|------------------------------------------------------|---------|---------|----------|
+| data=1                        |                                                      | 3.04661 | 3.02161 | 685.3 kB |
+| data=8                        |                                                      | 3.04661 | 3.02161 | 685.3 kB |
+| data=8                        | --fully-sharded --no-recompute                       | 3.04661 | 3.02161 |  85.7 kB |
+| tensor=4                      | --sequence-parallel --overlap                        | 3.04661 | 3.02161 | 188.0 kB |
+| data=2,sequence=4             | --sequence-attention zigzag                          | 3.04661 | 3.02161 | 685.3 kB |
+| pipe=2                        | --schedule interleaved --microbatches 4              | 3.04661 | 3.02161 | 380.4 kB |
+| data=2,pipe=2,tensor=2        |                                                      | 3.04661 | 3.02161 | 199.0 kB |
+| data=2,pipe=2,tensor=2        | --fully-sharded --sequence-parallel --schedule zb_h1 | 3.04661 | 3.02161 | 101.1 kB |
+| data=1, from 20 on as above   | --fully-sharded                                      | 3.04661 | 3.02161 | 101.1 kB |
 
-Loss is in nats a character, on windows of speeches that come after those trained on, of the same roles. Training takes
-windows anywhere in the other speeches; the learning rate of AdamW rises over the first twentieth of the steps and then
-falls along a cosine; there is no dropout. The model must fit one device, where it is judged and writes.
+Held-out loss and that of the last batch, in nats a character, after 40 steps of --width 32 --context 32 --batch-size 16
+--steps 40 --every 20 --judged 64, of zb_h1 also --microbatches 4, and what a device holds of parameters and the
+optimizer's state. After 1000 steps as below the loss is 1.83282 on data=1 as on data=2,pipe=2,tensor=2 (a perplexity of
+6.251, 45.1 % of characters right); they differ by 1e-7, and the models write the same lines.
+
+Held out are speeches after those trained on, of the same roles. Training takes windows anywhere in the others; the
+learning rate of AdamW rises over the first twentieth of the steps and then falls along a cosine; there is no dropout.
+The model must fit one device, where it is judged and writes.
 
 `--mesh data=2,pipe=2,tensor=2` names axes of `jfed.parallel.layered.AXES` and devices along each; on CPUs there are as
 many devices as it needs. Mesh, schedule, microbatches and what else says where things lie may change between a run and
@@ -19,8 +34,8 @@ Source: Vaswani et al. 2017 (arXiv:1706.03762), the model; Shoeybi et al. 2019 (
 2021 (arXiv:2104.04473), its layers and blocks on many devices.
 
 Command: python experiments/train_lm.py --mesh data=2,pipe=2,tensor=2
-Expected: the table above.
-Time: TIME.
+Expected: a loss of 1.833, as with --mesh data=1.
+Time: four minutes on two CPU cores, and two with --mesh data=1, beside other work.
 """
 
 import dataclasses
@@ -35,7 +50,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jfed import core, data, experiment, models, plot, report, run
 from jfed import mesh as meshes
@@ -98,7 +113,7 @@ class Config(Task):
     schedule: Literal["naive", "gpipe", "1f1b", "interleaved", "zb_h1"] | None = None
     """Of the axis pipe; by default 1f1b."""
     microbatches: int | None = None
-    """By default 4 for each device along pipe, or 1."""
+    """By default 4 for each device along pipe, if they divide the batch, or 1."""
     fully_sharded: bool = False
     """Cut parameters and the optimizer's state along data, too."""
     recompute: bool = True
@@ -125,12 +140,18 @@ SMOKE = {
 
 def main(config: Config) -> None:
     """Trains, then shows a table, two pictures and what the model writes."""
+    if min(config.steps, config.every, config.batch_size) < 1:
+        raise ValueError(
+            "train_lm(steps, every, batch_size): each must be at least 1; leave them out for the defaults."
+        )
     sizes = axes_of(config)
     devices = meshes.make(tuple(sizes.values()), tuple(sizes))
     train, test, vocabulary = data.shakespeare(window=config.context)
     symbols = -(-(len(vocabulary) + 1) // 16) * 16  # so that devices along tensor divide them
     model = model_of(config, sizes, symbols)
-    placed = {"schedule": None, "microbatches": config.microbatches or 4 * sizes.get("pipe", 0) or 1}
+    share = config.batch_size // (sizes.get("data", 1) * sizes.get("expert", 1))
+    usual = math.gcd(share, 4 * sizes["pipe"]) if "pipe" in sizes and share else 1
+    placed = {"schedule": None, "microbatches": usual if config.microbatches is None else config.microbatches}
     if config.schedule is not None or "pipe" in sizes:
         placed["schedule"] = SCHEDULES[config.schedule or "1f1b"]
     method = on_mesh(
@@ -178,9 +199,10 @@ def main(config: Config) -> None:
             resumed = time.monotonic()
         pictures(folder, config, name)
         written = write(config, alone, jax.tree.map(np.asarray, gathered(params)), vocabulary, write_key)
-        (folder.folder / "sample.txt").write_text(written + "\n", encoding="utf-8")
+        if folder.writer:
+            (folder.folder / "sample.txt").write_text(written + "\n", encoding="utf-8")
         # The first stretch compiles, and the last may be shorter.
-        whole = spent[1 : config.steps // config.every]
+        whole = spent[1 : len(spent) - (config.steps % config.every > 0)]
         rate = config.batch_size * config.context * config.every / float(np.median(whole)) if whole else None
         return {
             "loss": row["loss"],
@@ -215,7 +237,8 @@ def main(config: Config) -> None:
         "pictures and metrics": str(whole.folder),
     }
     print(report.table("train_lm", [{"": name, "result": value} for name, value in shown.items()]), "\n")
-    print((whole.folder / "seed_0" / "sample.txt").read_text(encoding="utf-8"))
+    if whole.writer:
+        print((whole.folder / "seed_0" / "sample.txt").read_text(encoding="utf-8"))
     report.finish(whole, summary)
 
 
@@ -227,8 +250,7 @@ def axes_of(config: Config) -> dict[str, int]:
     """
     where = f"train_lm(mesh={config.mesh!r})"
     if config.mesh is None:
-        parts = config.microbatches or 1
-        return {"data": math.gcd(config.batch_size // parts, jax.device_count())}
+        return {"data": math.gcd(max(config.batch_size // (config.microbatches or 1), 1), jax.device_count())}
     sizes: dict[str, int] = {}
     for part in config.mesh.split(","):
         axis, _, size = (word.strip() for word in part.partition("="))
@@ -245,7 +267,13 @@ def axes_of(config: Config) -> dict[str, int]:
 
 
 def model_of(config: Config, sizes: dict[str, int], symbols: int) -> Layered:
-    """The transformer."""
+    """The transformer.
+
+    Raises:
+      ValueError: if the attention is not to be had here, or as `transformer`.
+    """
+    if config.attention == "cudnn" and (jax.default_backend() != "gpu" or config.compute_dtype != "bfloat16"):
+        raise ValueError("train_lm(attention='cudnn'): it needs a GPU and --compute-dtype bfloat16; take xla.")
     sequence_attention = config.sequence_attention or ("all_to_all" if "pipe" in sizes else "ring")
     mixture = experts.mixture_of_experts(config.experts, groups=config.expert_groups) if config.experts else None
     return transformer(
@@ -264,8 +292,9 @@ def model_of(config: Config, sizes: dict[str, int], symbols: int) -> Layered:
 
 
 def optimizer_of(config: Config) -> optax.GradientTransformation:
-    """AdamW as language models have it (Brown et al. 2020, arXiv:2005.14165, appendix B): a clipped gradient, a rate
-    that rises and falls, and decay of matrices alone.
+    """AdamW with a clipped gradient, a rate that rises and falls, and decay of matrices alone.
+
+    As language models have it (Brown et al. 2020, arXiv:2005.14165, appendix B).
     """
     rate = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, max(config.steps // 20, 1), max(config.steps, 2), 0.1 * config.learning_rate

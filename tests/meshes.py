@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jfed import mesh
 from jfed.parallel import all_to_all_attention, layered, mixture_of_experts, on_mesh, schedules, transformer
 
 V, T, B = 24, 8, 16
@@ -83,10 +82,17 @@ CASES = {
 }
 
 
+def over_all_processes(axes):
+    """A mesh of as many devices as it takes, out of every process's alike."""
+    needed = int(np.prod(list(axes.values())))
+    devices = np.array(jax.devices()[:: jax.device_count() // needed][:needed])
+    return jax.sharding.Mesh(devices.reshape(tuple(axes.values())), tuple(axes))
+
+
 def trained(name, optimizer=SGD, steps=1):
     """The params and loss that a case ends with, its state, and how many programs it took."""
     model, axes, options = CASES[name]
-    model, devices = MODELS[model], mesh.make(tuple(axes.values()), tuple(axes))
+    model, devices = MODELS[model], over_all_processes(axes)
     method = on_mesh(model, optimizer, mesh=devices, **options)
     state, round_fn = method.init(model.init(KEY)), jax.jit(method.round)
     for _ in range(steps):

@@ -1,5 +1,6 @@
 """Two real processes of four devices train over every mesh as one device does."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -15,28 +16,27 @@ CASES = [name for name, (_, axes, _) in meshes.CASES.items() if axes != {"data":
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(tmp_path_factory):
     """What both processes say of all cases; started once, as starting takes longer than a case."""
+    folder = tmp_path_factory.mktemp("said")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     env = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}"}
-    together = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "meshes_of_processes.py"), port, str(i), *CASES],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=900)[0] for process in together]
-    finally:
-        for process in together:
-            process.kill()
-    assert [process.returncode for process in together] == [0, 0], "\n".join(text[-3000:] for text in said)
+    command, here = [sys.executable, str(HERE / "meshes_of_processes.py"), port], []
+    with contextlib.ExitStack() as files:
+        for i in range(2):
+            file = files.enter_context(open(folder / f"{i}.txt", "w"))
+            here.append(subprocess.Popen([*command, str(i), *CASES], env=env, stdout=file, stderr=subprocess.STDOUT))
+        try:
+            for process in here:
+                process.wait(timeout=1200)
+        finally:
+            for process in here:
+                process.kill()
+                process.wait()
+    said = [(folder / f"{i}.txt").read_text() for i in range(2)]
+    assert [process.returncode for process in here] == [0, 0], "\n".join(text[-3000:] for text in said)
     rows = [line.split()[1:] for text in said for line in text.splitlines() if line.startswith("case ")]
     return [(name, float(worst), int(programs)) for name, worst, programs in rows]
 

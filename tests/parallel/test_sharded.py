@@ -50,9 +50,7 @@ def test_what_is_not_recomputed_needs_no_gathered_parameters_kept():
     """A block's gathered weights are no residuals: temporary memory is not that of 8 gathered blocks."""
     model = transformer(16, width=128, layers=8, heads=4, context=4)
     batch = {"x": jnp.zeros((8, 4), jnp.int32), "y": jnp.zeros((8, 4), jnp.int32)}
-    method = on_mesh(
-        model, optax.sgd(0.1), mesh=mesh.make((8,), ("data",)), fully_sharded=True, recompute=False
-    )
+    method = on_mesh(model, optax.sgd(0.1), mesh=mesh.make((8,), ("data",)), fully_sharded=True, recompute=False)
     state = jax.eval_shape(method.init, jax.eval_shape(model.init, meshes.KEY))
     compiled = jax.jit(method.round).lower(state, batch, meshes.KEY).compile()
     blocks = sum(4 * x.size for x in jax.tree.leaves(state.params.blocks))
