@@ -69,8 +69,10 @@ def main(config: Config) -> None:
         raise ValueError(f"pipeline_schedules(ways={odd}): choose from {', '.join(WAYS)}.")
     if not config.ways or not config.microbatches or min(config.steps, config.seeds) < 1:
         raise ValueError("pipeline_schedules(): of ways, microbatches, steps and seeds there must be one at least.")
-    # Else a device that waits would lend its core to one that does not.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+    # A device that waits shall not lend its core to one that does not; and the schedule for concurrency begins messages
+    # where others still compute, so that devices work in turn.
+    flags = "--xla_cpu_multi_thread_eigen=false --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     cells = {
         f"{way}_{m}": functools.partial(measured, config, way, m) for way in config.ways for m in config.microbatches
     }

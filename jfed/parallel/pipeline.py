@@ -196,7 +196,9 @@ def run(
                 y, keep = phase.forward(chunk_of(now, chunk), h)
                 # The last stage's output stands in its gradient's place until its backward tick.
                 held = _once(last, lambda slots: _put(slots, of_gradient, y), carry.gradients)
-                return carry._replace(kept=_put(carry.kept, of_kept, keep), gradients=held, weights=state, onward=y)
+                return carry._replace(
+                    kept=_put(carry.kept, of_kept, keep), gradients=held, weights=state, onward=y, back=nothing
+                )
 
             def from_above(carry, then):
                 """The gradient of this stage's output, which the last stage has from the loss, and learns by it."""
@@ -222,7 +224,8 @@ def run(
                     _, pull = jax.vjp(lambda enter: functions.enter(enter, part(i)), then.enter)
                     return weights.learn(state, Gradient(enter=pull(dh)[0]))
 
-                return carry._replace(weights=_once(first, entered, carry.weights), back=dh)
+                state = _once(first, entered, carry.weights)
+                return carry._replace(weights=state, onward=nothing, back=dh)
 
             def learned(carry, found):
                 return carry._replace(weights=weights.learn(carry.weights, Gradient(blocks=found, chunk=chunk)))
@@ -242,8 +245,11 @@ def run(
             def weight_gradient(carry):
                 then = weights.backward(carry.weights, of_kept)
                 kept, waiting = _get(carry.kept, of_kept), _get(carry.waiting, of_waiting)
-                return learned(carry, phase.weight_gradient(chunk_of(then, chunk), kept, waiting))
+                silent = carry._replace(onward=nothing, back=nothing)
+                return learned(silent, phase.weight_gradient(chunk_of(then, chunk), kept, waiting))
 
+            # Each sets both messages, so that none is sent before the work of a tick is done, whichever it is: a device
+            # would then wait for another's before it begins its own.
             for number, work in (
                 (FORWARD, forward),
                 (BACKWARD, backward),
@@ -254,7 +260,7 @@ def run(
                     carry = _once(op == number, work, carry)
             inputs = _put(carry.inputs, got_input, _sent(carry.onward, axis_name, forth))
             gradients = _put(carry.gradients, got_gradient, _sent(carry.back, axis_name, back))
-            return carry._replace(inputs=inputs, gradients=gradients, onward=nothing, back=nothing), None
+            return carry._replace(inputs=inputs, gradients=gradients), None
 
         end, _ = lax.scan(tick, carry, tables)
         return end.loss, weights.result(end.weights)
