@@ -18,7 +18,7 @@ the embedding and the positions, which are looked up, L layers of width H, T tok
 counts nor that a causal half of attention is not needed. Tables of peaks are NVIDIA's, of dense bfloat16 products.
 
 Command: python benchmarks/parallel.py
-Time: TIME; `--parts gpu` takes four minutes at most, `--smoke` a minute or two.
+Time: four minutes on eight cores; `--parts gpu` takes four minutes at most, `--smoke` a minute or two.
 """
 
 import argparse

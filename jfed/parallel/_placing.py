@@ -141,8 +141,9 @@ def summed(all_reduce: Callable, mesh: Mesh, gradient: Tree, specs: Tree, *, als
     """
     leaves, structure = jax.tree.flatten(gradient)
     over = [
-        tuple(name for name in mesh.axis_names if name in (*BATCH, "sequence", also) and name not in spec)
+        tuple(name for name in mesh.axis_names if name in (*BATCH, "sequence", also) and name not in split)
         for spec in jax.tree.leaves(specs, is_leaf=is_spec)
+        for split in [{name for names in axes_of(spec) for name in names}]
     ]
     for axes in sorted(set(over) - {()}):
         where = [i for i, names in enumerate(over) if names == axes]
@@ -150,6 +151,15 @@ def summed(all_reduce: Callable, mesh: Mesh, gradient: Tree, specs: Tree, *, als
         for i, x in zip(where, total, strict=True):
             leaves[i] = x
     return jax.tree.unflatten(structure, leaves)
+
+
+def started(init: Callable, parts: Parts, shardings: Callable) -> Tree:
+    """A state `init(parts)` made where `shardings(state)` say, strongly typed."""
+
+    def typed(parts: Parts) -> Tree:
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), init(parts))
+
+    return jax.jit(typed, out_shardings=shardings(jax.eval_shape(typed, parts)))(parts)
 
 
 def placed(tree: Tree, shardings: Tree) -> Tree:

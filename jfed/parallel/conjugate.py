@@ -144,7 +144,13 @@ def _pair(f, backward):
 
 
 def _own(x, axis_name, axis):
-    length = x.shape[axis] // lax.axis_size(axis_name)
+    n = lax.axis_size(axis_name)
+    if x.shape[axis] % n:
+        raise ValueError(
+            f"sliced(x of shape {x.shape}): the axis {axis_name!r} has {n} devices, which must divide dimension "
+            f"{axis}; take a multiple of {n}."
+        )
+    length = x.shape[axis] // n
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axis_name) * length, length, axis)
 
 

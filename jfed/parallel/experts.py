@@ -3,8 +3,10 @@
 A router sends each token to the `top` experts of E that it gives the most; their outputs are added up, weighted by
 the router's softmax. So that arrays have known sizes an expert takes at most C tokens of each group of consecutive
 tokens: all first choices before all second ones, earlier tokens before later. For what is over capacity the layer
-adds nothing, and the token passes by on the residual. A group lies on one device whatever the mesh, so which tokens
-are dropped depends on `groups` alone, never on how many devices there are.
+adds nothing, and the token passes by on the residual. So with `top` of 2 or more a later token may take an earlier
+one's place: where places run short, what a token becomes depends on tokens behind it, also in a causal model. A group
+lies on one device whatever the mesh, so which tokens are dropped depends on `groups` alone, never on how many devices
+there are.
 
 Tokens go to their experts' devices and back by all-to-all, [b, E, C, H] each time, empty places included.
 
@@ -113,7 +115,8 @@ def mixture_of_experts(
     def apply_fn(params: Tree, h: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
         here = _groups_here(groups, h.shape[1], axes)
         rows = h.reshape(-1, h.shape[1] // here, h.shape[2])
-        room = min(rows.shape[1], math.ceil(capacity_factor * top * rows.shape[1] / num_experts - 1e-6))
+        share = capacity_factor * top * rows.shape[1] / num_experts
+        room = min(rows.shape[1], max(1, math.ceil(share - 1e-6)))  # a whole number is one, however it is rounded
         gates, places, uneven = _route(params["router"]["kernel"], rows, top, room)
         x = _dealt(copied(rows, axes.tensor), places, num_experts * room)
         y = _experts(params, x.reshape(len(rows), num_experts, room, -1), axes).reshape(x.shape)

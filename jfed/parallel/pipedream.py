@@ -12,7 +12,6 @@ Letters: p stages, m microbatches, B examples.
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,23 +36,24 @@ def pipedream(
     mesh: Mesh,
     microbatches: int,
     recompute: bool = True,
-    all_reduce: Callable = lax.psum,
 ) -> Algorithm:
     """An asynchronous pipeline with weight stashing: m optimizer steps a round, each by a microbatch.
 
     `round(state, batch, key)`: leaves of the batch are [B, ...], the examples of its first step first. The pipeline is
     empty at the ends of a round only. Metrics: `"loss"`, the mean over the batch, of each microbatch as it passed.
 
+    Every device keeps as many copies of its blocks, and of the entrance, as microbatches are under way, p + 1.
+
     Guarantees:
       * With one stage it is training on one microbatch after another.
 
     Args:
       model: such as `transformer(...)`.
-      optimizer: one that acts number by number: entrance, blocks and exit each have their own, of a device's part.
+      optimizer: one that acts number by number, as sgd and adam: entrance, blocks and exit each have their own, of a
+        device's part. One that looks at norms would see parts, and let devices drift apart.
       mesh: with an axis "pipe", and others of `layered.AXES`.
       microbatches: m, of B / m examples each.
       recompute: keep a stage's input only, and compute the rest again, with the stashed weights.
-      all_reduce: of gradients over axes they are summed over.
 
     Raises:
       ValueError: as `on_mesh`, and if the mesh has no axis "pipe".
@@ -78,7 +78,7 @@ def pipedream(
     functions, stages = model.functions(placing.axes), mesh.shape["pipe"]
 
     def summed(gradient: Tree, which: int) -> Tree:
-        return _placing.summed(all_reduce, mesh, gradient, placing.specs[which])
+        return _placing.summed(lax.psum, mesh, gradient, placing.specs[which])
 
     weights = pipeline.stashed(optimizer, summed)
     in_turn = pipeline.run(functions, table, weights, axis_name="pipe", recompute=recompute)
@@ -101,15 +101,14 @@ def pipedream(
     def specs_of(states: Parts) -> Parts:
         return Parts(*map(specs_like, states, placing.shapes, placing.specs))
 
-    def placed(state: MeshState) -> MeshState:
-        everywhere = jax.sharding.NamedSharding(mesh, PartitionSpec())
-        own, inner = (shardings_of(specs, mesh) for specs in (placing.specs, specs_of(state.optimizer)))
-        return _placing.placed(state, MeshState(own, inner, everywhere))
+    def shardings(state: MeshState) -> MeshState:
+        return shardings_of(MeshState(placing.specs, specs_of(state.optimizer), PartitionSpec()), mesh)
 
     def init_fn(params: Tree) -> MeshState:
-        parts = placing.parts(params)
-        states = Parts(*(jax.jit(optimizer.init)(part) for part in parts))
-        return placed(MeshState(parts, states, jnp.zeros((), jnp.int32)))
+        def init(parts: Parts) -> MeshState:
+            return MeshState(parts, Parts(*map(optimizer.init, parts)), 0)
+
+        return _placing.started(init, placing.parts(params), shardings)
 
     def round_fn(state: MeshState, batch: Tree, key: jax.Array) -> tuple[MeshState, dict]:
         del key
@@ -124,7 +123,8 @@ def pipedream(
             out_specs=(PartitionSpec(), placing.specs, inner),
         )
         loss, parts, states = program(on_each_device)(state.params, state.optimizer, batch)
-        return placed(MeshState(parts, states, state.step + microbatches)), {"loss": loss}
+        state = MeshState(parts, states, state.step + microbatches)
+        return _placing.placed(state, shardings(state)), {"loss": loss}
 
     return Algorithm(init_fn, round_fn, lambda state: placing.params(state.params))
 

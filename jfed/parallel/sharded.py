@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jfed import _validate
 from jfed import mesh as meshes
@@ -62,12 +62,15 @@ def on_mesh(
 
     Guarantees:
       * It equals one device on the whole batch, up to the order of additions.
+      * No device ever holds more than its part of the state: for params that no device can hold, either,
+        `jax.jit(lambda key: method.init(model.init(key)))` makes them in parts.
       * `params(state)` are those of `model.init`, whatever the mesh. Arrays of the state are whole, and
         blocks' first two axes [v, L / v], so checkpoints restore onto any mesh with as many chunks.
 
     Args:
       model: such as `transformer(...)`.
-      optimizer: any optax optimizer; it is also given `value`, the loss.
+      optimizer: any optax optimizer; it is also given `value`, the loss. It sees a tree `Parts`, with two
+        axes more in blocks than a layer has: masks are of this tree, and a leaf's norm is that of all blocks.
       mesh: its axes are among `layered.AXES`.
       microbatches: m; gradients are added up over them.
       schedule: of the axis "pipe", which needs one: a function (p, m) such as `gpipe` or
@@ -103,6 +106,9 @@ def on_mesh(
     def gather(params: Tree, cuts: Tree) -> Tree:
         return jax.tree.map(lambda x, cut: x if cut < 0 else conjugate.gathered(x, "data", cut), params, cuts)
 
+    def scatter(gradient: Tree, cuts: Tree) -> Tree:
+        return jax.tree.map(lambda g, cut: g if cut < 0 else conjugate.scattered(g, "data", cut), gradient, cuts)
+
     gathering = functions._replace(block=lambda params, h: functions.block(gather(params, cuts.blocks), h))
     if table is None:
         all_microbatches = _accumulated(gathering, recompute)
@@ -114,25 +120,22 @@ def on_mesh(
     def on_each_device(parts: Parts, batch: Tree) -> tuple[jax.Array, Parts]:
         examples = jax.tree.leaves(batch)[0].shape[0] * math.prod(mesh.shape[name] for name in placing.batch_axes)
         batch = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
-        ends, pull = jax.vjp(
-            lambda enter, leave: (gather(enter, cuts.enter), gather(leave, cuts.leave)), parts.enter, parts.leave
-        )
-        loss, total = all_microbatches(Parts(ends[0], parts.blocks, ends[1]), batch, 1 / examples)
-        enter, leave = pull(_as(ends, (total.enter, total.leave)))
-        ends = _placing.summed(all_reduce, mesh, (enter, leave), (specs.enter, specs.leave), also="pipe")
+        whole = Parts(gather(parts.enter, cuts.enter), parts.blocks, gather(parts.leave, cuts.leave))
+        loss, total = all_microbatches(whole, batch, 1 / examples)
+        ends = scatter(total.enter, cuts.enter), scatter(total.leave, cuts.leave)
+        ends = _placing.summed(all_reduce, mesh, ends, (specs.enter, specs.leave), also="pipe")
         blocks = _placing.summed(all_reduce, mesh, total.blocks, specs.blocks)
         gradient = Parts(ends[0], blocks, ends[1])
         return lax.psum(loss, alike) if alike else loss, _as(parts, gradient)
 
-    def placed(state: MeshState) -> MeshState:
-        """The state on the mesh, as a step returns it."""
-        inner = shardings_of(specs_like(state.optimizer, placing.shapes, specs), mesh)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        return _placing.placed(state, MeshState(shardings_of(specs, mesh), inner, everywhere))
+    def shardings(state: MeshState) -> MeshState:
+        inner = specs_like(state.optimizer, placing.shapes, specs)
+        return shardings_of(MeshState(specs, inner, PartitionSpec()), mesh)
 
     def init_fn(params: Tree) -> MeshState:
-        parts = placing.parts(params)
-        return placed(MeshState(parts, jax.jit(optimizer.init)(parts), jnp.zeros((), jnp.int32)))
+        return _placing.started(
+            lambda parts: MeshState(parts, optimizer.init(parts), 0), placing.parts(params), shardings
+        )
 
     def round_fn(state: MeshState, batch: Tree, key: jax.Array) -> tuple[MeshState, dict]:
         del key
@@ -142,7 +145,8 @@ def on_mesh(
         value, gradient = program(state.params, batch)
         updates, inner = optimizer.update(gradient, state.optimizer, state.params, value=value)
         params = optax.apply_updates(state.params, updates)
-        return placed(MeshState(params, inner, state.step + 1)), {"loss": value}
+        state = MeshState(params, inner, state.step + 1)
+        return _placing.placed(state, shardings(state)), {"loss": value}
 
     return Algorithm(init_fn, round_fn, lambda state: placing.params(state.params))
 

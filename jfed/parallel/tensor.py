@@ -61,6 +61,8 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     >>> print(product(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 1))).dtype)
     float32
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"product(x of dtype {x.dtype}): x must be floating; convert it, as x.astype(jnp.float32).")
     # As matrices, which XLA:CPU of jax 0.7 must have to multiply bfloat16.
     rows = x.reshape(-1, x.shape[-1])
     y = jnp.matmul(rows, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
@@ -313,8 +315,11 @@ def embedding(
     >>> print(embedding(jnp.array([1, 0, 2]), jnp.array([[5.0], [7.0]])).T)
     [[ 7.  5. nan]]
     """
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"embedding(tokens of dtype {tokens.dtype}): tokens must be integers; convert them first.")
+    tokens = tokens.astype(jnp.int32)  # in which any vocabulary's size can be said
     rows, n = table.shape[0], conjugate.size(axis_name)
-    here = tokens.astype(jnp.int32) - conjugate.index(axis_name) * rows
+    here = tokens - conjugate.index(axis_name) * rows
     # What other devices have is past the end, where lookups give 0 and gradients are dropped; below 0 is from the end.
     found = table.at[jnp.where(here < 0, rows, here)].get(mode="fill", fill_value=0)
     known = (tokens >= 0) & (tokens < n * rows)
@@ -339,6 +344,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, axis_name: str | None = 
     >>> print(cross_entropy(jnp.zeros((3, 4)), jnp.array([2, -1, 4])).round(3))
     [1.386 0.      nan]
     """
+    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"cross_entropy(labels of shape {labels.shape} and dtype {labels.dtype}): give one integer for each of the "
+            f"logits' {logits.shape[:-1]}, and -1 where there is none."
+        )
     columns, n = logits.shape[-1], conjugate.size(axis_name)
     logits, labels = logits.astype(jnp.float32), labels.astype(jnp.int32)
     greatest = lax.stop_gradient(jnp.max(logits, axis=-1))

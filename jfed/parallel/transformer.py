@@ -194,7 +194,7 @@ def transformer(
             x = tensor.layer_norm(x, params["norm"], axes.tensor, layout=layout)
             logits = tensor.column_dense(x, **params["out"], axis_name=axes.tensor, layout=layout, dtype=jnp.float32)
             nll = tensor.cross_entropy(logits, batch["y"], axes.tensor)
-            valid = (batch["y"] != -1).astype(jnp.float32)
+            valid = (batch["y"].astype(jnp.int32) != -1).astype(jnp.float32)
             total, count = (conjugate.summed(jnp.sum(z, axis=1), axes.sequence) for z in (nll, valid))
             return total / jnp.maximum(count, 1.0) + balance
 
@@ -234,6 +234,8 @@ def _own_positions(positions: jax.Array, length: int, axis_name: str | None) -> 
 
 
 def _check_tokens(x: jax.Array, context: int, axes: Axes, layout: tensor.Layout) -> None:
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"transformer(x of shape {x.shape} and dtype {x.dtype}): tokens must be integers [B, T].")
     s, t = conjugate.size(axes.sequence), conjugate.size(axes.tensor)
     if x.shape[1] * s > context:
         raise ValueError(
