@@ -45,7 +45,7 @@ def specs_like(tree: Tree, params: Tree, specs: Tree) -> Tree:
       parameter's spec for these last axes; any other, and all axes before, are not split.
 
     >>> import optax
-    >>> params = {"w": jnp.zeros((4, 6)), "b": jnp.zeros(6)}
+    >>> params = {"w": jax.numpy.zeros((4, 6)), "b": jax.numpy.zeros(6)}
     >>> momenta = optax.adam(0.1).init(params)
     >>> print(*specs_like(momenta, params, {"w": P(None, "model"), "b": P("model")})[0].mu["w"])
     None model
