@@ -1,7 +1,8 @@
 """Pipeline schedules: their pictures, their idle time predicted and measured, and their memory as microbatches grow.
 
-Claim: the share of time in which devices of a pipeline wait is that of the schedule's table, and so is what they keep:
-of more microbatches GPipe keeps more, 1F1B, interleaved and ZB-H1 do not, and ZB-H1 waits least for 1F1B's memory.
+Claim: what devices of a pipeline keep is what the schedule's table says: of more microbatches GPipe keeps more, 1F1B,
+interleaved and ZB-H1 do not. The share of time in which they wait is shown beside the table's, which only the naive
+schedule has been measured to meet (benchmarks/RESULTS.md); of the others up to a tenth of a step more was lost.
 
 Each cell trains a transformer, blocks dealt to `devices`, one thread each. Measured is the share of a step's time by
 which it is longer than that of devices that each do a pipeline's work by themselves: `devices` copies of one stage,
