@@ -81,23 +81,11 @@ from jfed.parallel.transformer import transformer
 PARTS = ("ways", "tpu")
 
 
-def in_step(p: int, m: int) -> Schedule:
-    """1F1B for devices that wait for each other every tick: in even ticks all go forward, in odd ones all back.
-
-    A tick then lasts as long for all. Device r keeps 2 (p - 1 - r) + 1 inputs, whatever m.
-    """
-    device, i = np.meshgrid(np.arange(p), np.arange(m))
-    tables = np.zeros((3, 2 * (m + 2 * (p - 1)), p), np.int32)
-    for op, tick in ((schedules.FORWARD, 2 * (i + device)), (schedules.BACKWARD, 2 * (i + 2 * (p - 1) - device) + 1)):
-        tables[0, tick, device], tables[2, tick, device] = op, i
-    return schedules.from_table(*tables, chunks=1, microbatches=m)
-
-
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
     "gpipe": schedules.gpipe,
     "gpipe_fused": lambda p, m: schedules.fused(schedules.gpipe(p, m)),
     "1f1b": schedules.one_f_one_b,
-    "1f1b_in_step": in_step,
+    "1f1b_lockstep": schedules.one_f_one_b_lockstep,
     "zb_h1": schedules.zb_h1,
 }
 EXPERTS = 8
@@ -143,8 +131,8 @@ WAYS = {
 }
 # data, pipe, tensor, and the schedule, for chips in rows of a slice.
 BUILDS = {
-    "v5e:4x4": (((2, 4, 2), "1f1b_in_step"), ((2, 4, 2), "zb_h1"), ((4, 2, 2), "gpipe_fused")),
-    "v5e:8x8": (((4, 4, 4), "1f1b_in_step"), ((8, 4, 2), "zb_h1")),
+    "v5e:4x4": (((2, 4, 2), "1f1b_lockstep"), ((2, 4, 2), "zb_h1"), ((4, 2, 2), "gpipe_fused")),
+    "v5e:8x8": (((4, 4, 4), "1f1b_lockstep"), ((8, 4, 2), "zb_h1")),
 }
 # https://cloud.google.com/tpu/docs/v5e: 197 TFLOP/s in bfloat16, 16 GB, 1600 Gbit/s over four links of two ways.
 PEAK, MEMORY, ALPHA, BETA = 197e12, 16e9, 1e-6, 1 / 50e9  # a microsecond a hop is assumed

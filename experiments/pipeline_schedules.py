@@ -4,12 +4,14 @@ Claim: what devices of a pipeline keep is what the schedule's table says: of mor
 interleaved and ZB-H1 do not. The share of time in which they wait is shown beside the table's, which only the naive
 schedule has been measured to meet (benchmarks/RESULTS.md); of the others up to a tenth of a step more was lost.
 
-Each cell trains a transformer, blocks dealt to `devices`, one thread each. Measured is the share of a step's time by
+Each step trains a transformer, blocks dealt to `devices`, one thread each. Measured is the share of a step's time by
 which it is longer than that of devices that each do a pipeline's work by themselves: `devices` copies of one stage,
-trained by the same executor and order on a mesh of data alone. Steps of both alternate, and of each the fastest counts.
-Forward pass, gradient of the input and gradient of the weights are taken to last equally long, as they have equally
-many products; "free" lets each device go on as soon as it can, "lockstep" lets each tick last as long as its longest,
-since devices exchange messages after every tick. With fused gradients these differ.
+trained by the same executor and order, which send each other nothing. Steps of both, and of all numbers of
+microbatches, alternate, and of each the fastest counts. Forward pass, gradient of the input and gradient of the weights
+are taken to last equally long, as they have equally many products, and nearly do at this width (3.1, 2.9 and 2.7 ms);
+at a width of 128 they do not, and devices that exchange messages after every tick wait for the slowest. "free" lets
+each device go on as soon as it can, "lockstep" lets each tick last as long as its longest; with fused gradients these
+differ.
 
 Source: Huang et al. 2018 (arXiv:1811.06965), Narayanan et al. 2021 (arXiv:2104.04473), Qi et al. 2023
 (arXiv:2401.10241).
@@ -28,6 +30,7 @@ from typing import Any
 
 import jax
 import optax
+from jax import lax
 
 from jfed import experiment, mesh, plot, report
 from jfed.parallel import schedules
@@ -41,6 +44,7 @@ WAYS: dict[str, Callable[[int, int], Schedule]] = {
     "gpipe_fused": lambda p, m: schedules.fused(schedules.gpipe(p, m)),
     "1f1b": schedules.one_f_one_b,
     "1f1b_fused": lambda p, m: schedules.fused(schedules.one_f_one_b(p, m)),
+    "1f1b_lockstep": schedules.one_f_one_b_lockstep,
     "interleaved": functools.partial(schedules.interleaved, chunks=2),
     "zb_h1": schedules.zb_h1,
 }
@@ -54,11 +58,11 @@ class Config(experiment.Options):
     devices: int = 2  # p
     microbatches: tuple[int, ...] = (2, 4, 8, 16)  # m
     ways: tuple[str, ...] = tuple(WAYS)
-    layers: int = 2  # of a device
-    width: int = 128
-    context: int = 32
+    layers: int = 1  # of a device
+    width: int = 512
+    context: int = 16
     examples: int = 4  # in a microbatch
-    steps: int = 30  # timed, of each program and seed
+    steps: int = 40  # timed, of each program and seed
 
 
 SMOKE = {"microbatches": (2, 4), "ways": ("1f1b", "gpipe_fused"), "width": 16, "context": 8, "steps": 3}
@@ -74,9 +78,7 @@ def main(config: Config) -> None:
     # where others still compute, so that devices work in turn.
     flags = "--xla_cpu_multi_thread_eigen=false --xla_cpu_enable_concurrency_optimized_scheduler=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-    cells = {
-        f"{way}_{m}": functools.partial(measured, config, way, m) for way in config.ways for m in config.microbatches
-    }
+    cells = {way: functools.partial(measured, config, way) for way in config.ways}
     whole, results = experiment.over_cells("pipeline_schedules", config, cells)
     tables = {way: WAYS[way](*PICTURED) for way in config.ways}
     plot.plot_schedule(
@@ -85,7 +87,7 @@ def main(config: Config) -> None:
         title=f"{PICTURED[0]} devices, {PICTURED[1]} microbatches",
         lasts=(0, 1, 2, 1, 1),
     )
-    chosen = {way: [results[f"{way}_{m}"] for m in config.microbatches] for way in config.ways}
+    chosen = {way: [results[way][str(m)] for m in config.microbatches] for way in config.ways}
     plot.plot_curves(
         whole.folder / "memory.png",
         {way: (config.microbatches, [r["memory"] / 2**20 for r in found]) for way, found in chosen.items()},
@@ -96,7 +98,9 @@ def main(config: Config) -> None:
     plot.plot_points(
         whole.folder / "idle.png",
         {
-            way: {f"m = {m}": (100 * r["lockstep"], 100 * idle(r)) for m, r in zip(config.microbatches, f, strict=True)}
+            way: {
+                f"m = {m}": (100 * r["lockstep"], 100 * r["idle"]) for m, r in zip(config.microbatches, f, strict=True)
+            }
             for way, f in chosen.items()
         },
         xlabel="idle share in lockstep, %",
@@ -109,8 +113,8 @@ def main(config: Config) -> None:
             "microbatches": m,
             "idle, free": f"{result['free']:.3f}",
             "in lockstep": f"{result['lockstep']:.3f}",
-            "measured": f"{idle(result):.3f}",
-            "a step": f"{1e3 * result['seconds']['step']:.1f} ms",
+            "measured": f"{result['idle']:.3f}",
+            "a step": f"{1e3 * result['seconds']:.1f} ms",
             "kept": ", ".join(map(str, result["kept"])),
             "temporary memory": report.human_bytes(result["memory"]),
         }
@@ -119,29 +123,33 @@ def main(config: Config) -> None:
     ]
     print(report.table(f"A step of a pipeline of {config.devices} devices", rows), "\n")
     print(f"pictures and metrics: {whole.folder}\n")
-    summary = {f"{cell}_{name}": r[name] for cell, r in results.items() for name in ("free", "lockstep", "memory")}
-    summary |= {"seeds": config.seeds, "seconds": {cell: r["seconds"] for cell, r in results.items()}}
-    report.finish(whole, summary)
+    summary = {f"{way}_{m}": result for way in config.ways for m, result in results[way].items()}
+    report.finish(whole, summary | {"seeds": config.seeds})
 
 
-def measured(config: Config, way: str, m: int) -> dict[str, Any]:
-    """What a schedule should cost, and what it does."""
-    p = config.devices
-    cost = schedules.predict(WAYS[way](p, m))
-    (piped, pipeline), (alone, copies) = program(config, way, m, (1, p)), program(config, way, m, (p, 1))
-    seconds = {"step": float("inf"), "alone": float("inf")}
+def measured(config: Config, way: str) -> dict[str, dict[str, Any]]:
+    """What a schedule should cost, and what it does, for each number of microbatches."""
+    p, sizes = config.devices, config.microbatches
+    programs = {(m, shape): program(config, way, m, shape) for m in sizes for shape in ((1, p), (p, 1))}
+    seconds = dict.fromkeys(programs, float("inf"))
     for seed in config.steps * list(range(config.seeds)):
-        for name, run, given in (("step", piped, pipeline), ("alone", alone, copies)):
+        for which, (run, given) in programs.items():
             begin = time.perf_counter()
             jax.block_until_ready(run(*given[seed]))
-            seconds[name] = min(seconds[name], time.perf_counter() - begin)
-    return {
-        "free": cost.bubble,
-        "lockstep": cost.lockstep_bubble,
-        "kept": cost.activations.tolist(),
-        "memory": piped.memory_analysis().temp_size_in_bytes,
-        "seconds": seconds,
-    }
+            seconds[which] = min(seconds[which], time.perf_counter() - begin)
+    found = {}
+    for m in sizes:
+        cost, step, alone = schedules.predict(WAYS[way](p, m)), seconds[m, (1, p)], seconds[m, (p, 1)]
+        found[str(m)] = {
+            "free": cost.bubble,
+            "lockstep": cost.lockstep_bubble,
+            "idle": 1 - alone / step,
+            "kept": cost.activations.tolist(),
+            "memory": programs[m, (1, p)][0].memory_analysis().temp_size_in_bytes,
+            "seconds": step,
+            "alone": alone,
+        }
+    return found
 
 
 def program(config: Config, way: str, m: int, shape: tuple[int, int]) -> tuple[Callable, list[tuple]]:
@@ -155,6 +163,7 @@ def program(config: Config, way: str, m: int, shape: tuple[int, int]) -> tuple[C
         microbatches=m,
         schedule=WAYS[way](pipe, m),
         recompute=False,
+        all_reduce=lax.psum if pipe > 1 else lambda x, axis_name: x,
     )
 
     def given(seed):
@@ -166,11 +175,6 @@ def program(config: Config, way: str, m: int, shape: tuple[int, int]) -> tuple[C
     compiled = jax.jit(method.round).lower(*all_given[0]).compile()
     jax.block_until_ready(compiled(*all_given[0]))
     return compiled, all_given
-
-
-def idle(result: dict[str, Any]) -> float:
-    """The measured share of time in which devices wait."""
-    return 1 - result["seconds"]["alone"] / result["seconds"]["step"]
 
 
 def said(schedule: Schedule) -> str:

@@ -39,3 +39,10 @@ def at_least_zero(where: str, name: str, value: Any, cure: str) -> None:
     """Raises a `ValueError` unless `value` is traced or a finite number of at least 0."""
     if is_concrete(value) and not (np.ndim(value) == 0 and np.isfinite(value) and value >= 0):
         raise ValueError(f"{where}({name}={value!r}): {name} must be a finite number of at least 0; {cure}.")
+
+
+def flags(where: str, **given: Any) -> None:
+    """Raises a `ValueError` unless each is True or False."""
+    for name, value in given.items():
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"{where}({name}={value!r}): {name} must be True or False.")

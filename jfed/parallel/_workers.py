@@ -99,11 +99,13 @@ class Mean(NamedTuple):
 
 
 def optimizer_of(where: str, name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:
-    """An optax optimizer, which may take extra arguments.
+    """An optax optimizer, which may take extra arguments; of `optax.MultiSteps`, its transformation.
 
     Raises:
       ValueError: if it is none.
     """
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
     if not isinstance(optimizer, optax.GradientTransformation):
         raise ValueError(f"{where}({name}={optimizer!r}): give an optax optimizer, such as optax.adam(1e-3).")
     return optax.with_extra_args_support(optimizer)
@@ -118,17 +120,7 @@ def mean(
       ValueError: if both are given, or what is given is none.
     """
     if uplink is None:
-        all_reduce = lax.psum if all_reduce is None else all_reduce
-        if not callable(all_reduce):
-            raise ValueError(
-                f"{where}(all_reduce={all_reduce!r}): give a function (x, axis_name) such as jax.lax.psum or "
-                "jfed.collectives.ring_all_reduce."
-            )
-        if getattr(all_reduce, "func", all_reduce) is dedicated_servers_all_reduce:
-            raise ValueError(
-                f"{where}(all_reduce=dedicated_servers_all_reduce): its servers hold no data, and here all workers do; "
-                "take sharded_servers_all_reduce."
-            )
+        all_reduce = all_reduce_of(where, all_reduce)
         told = _parameters(all_reduce) & {"key", "round"}
 
         def over_all(x):
@@ -158,6 +150,26 @@ def mean(
         return mean, lax.pmean(number, workers.axis_name), state
 
     return Mean(link.init, update_fn)
+
+
+def all_reduce_of(where: str, all_reduce: Any) -> Callable:
+    """An all-reduce of all workers, by default `lax.psum`.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    all_reduce = lax.psum if all_reduce is None else all_reduce
+    if not callable(all_reduce):
+        raise ValueError(
+            f"{where}(all_reduce={all_reduce!r}): give a function (x, axis_name) such as jax.lax.psum or "
+            "jfed.collectives.ring_all_reduce."
+        )
+    if getattr(all_reduce, "func", all_reduce) is dedicated_servers_all_reduce:
+        raise ValueError(
+            f"{where}(all_reduce=dedicated_servers_all_reduce): its servers hold no data, and here all workers do; "
+            "take sharded_servers_all_reduce."
+        )
+    return all_reduce
 
 
 def loss_and_gradient(where: str, loss: Callable) -> Callable:

@@ -173,9 +173,11 @@ def on_parts(loss: Callable, *, mesh: Mesh, specs: Tree) -> Callable:
 
     loss_fn.defvjp(forward, backward)
 
+    compiled = jax.jit(lambda params, batch, key: loss_fn(params, _constant(batch), key))
+
     def checked(params: Tree, batch: Tree, key: jax.Array) -> jax.Array:
         _fits(params, specs, mesh)
-        return loss_fn(params, _constant(batch), key)
+        return compiled(params, batch, key)  # JAX runs what leaves some axes to the compiler in programs only
 
     return checked
 

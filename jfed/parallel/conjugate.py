@@ -68,6 +68,11 @@ def gathered(x: jax.Array, axis_name: str | None, axis: int) -> jax.Array:
 
     Returns:
       [..., n d, ...].
+
+    >>> f = jax.grad(lambda x, w: (gathered(x, "tensor", 0) * w).sum())
+    >>> x, w = jax.numpy.ones((2, 1)), jax.numpy.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> print(jax.vmap(f, axis_name="tensor")(x, w).T)
+    [[4. 6.]]
     """
     return x if axis_name is None else _gathered(x, axis_name, axis)
 
@@ -82,6 +87,13 @@ def scattered(x: jax.Array, axis_name: str | None, axis: int) -> jax.Array:
 
     Returns:
       [..., d, ...].
+
+    Raises:
+      ValueError: if n does not divide the dimension.
+
+    >>> x = jax.numpy.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> print(jax.vmap(lambda x: scattered(x, "tensor", 0), axis_name="tensor")(x).T)
+    [[4. 6.]]
     """
     return x if axis_name is None else _scattered(x, axis_name, axis)
 
@@ -96,6 +108,13 @@ def sliced(x: jax.Array, axis_name: str | None, axis: int) -> jax.Array:
 
     Returns:
       [..., d, ...].
+
+    Raises:
+      ValueError: if n does not divide the dimension.
+
+    >>> x = jax.numpy.array([[1.0, 2.0], [1.0, 2.0]])
+    >>> print(jax.vmap(lambda x: sliced(x, "tensor", 0), axis_name="tensor")(x).T)
+    [[1. 2.]]
     """
     return x if axis_name is None else _sliced(x, axis_name, axis)
 
@@ -110,6 +129,10 @@ def assembled(x: jax.Array, axis_name: str | None, axis: int) -> jax.Array:
 
     Returns:
       [..., n d, ...].
+
+    >>> f = jax.grad(lambda x: (assembled(x, "tensor", 0) ** 2).sum() / 2)
+    >>> print(jax.vmap(f, axis_name="tensor")(jax.numpy.array([[1.0], [3.0]])).T)
+    [[1. 3.]]
     """
     return x if axis_name is None else _assembled(x, axis_name, axis)
 
@@ -128,6 +151,9 @@ def exchanged(x: jax.Array, axis_name: str | None, split: int, join: int) -> jax
     Returns:
       [..., d, ..., n e, ...].
 
+    Raises:
+      ValueError: if n does not divide the dimension `split`.
+
     >>> x = jax.numpy.array([[1.0, 2.0], [3.0, 4.0]])
     >>> print(jax.vmap(lambda x: exchanged(x, "expert", 0, 0), axis_name="expert")(x))
     [[1. 3.]
@@ -143,18 +169,29 @@ def _pair(f, backward):
     return functools.wraps(f)(function)
 
 
-def _own(x, axis_name, axis):
+def _share(where, x, axis_name, axis):
+    """One of n equal parts of a dimension."""
     n = lax.axis_size(axis_name)
     if x.shape[axis] % n:
         raise ValueError(
-            f"sliced(x of shape {x.shape}): the axis {axis_name!r} has {n} devices, which must divide dimension "
+            f"{where}(x of shape {x.shape}): the axis {axis_name!r} has {n} devices, which must divide dimension "
             f"{axis}; take a multiple of {n}."
         )
-    length = x.shape[axis] // n
+    return x.shape[axis] // n
+
+
+def _own(x, axis_name, axis):
+    length = _share("sliced", x, axis_name, axis)
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axis_name) * length, length, axis)
 
 
+def _sum_of_own(x, axis_name, axis):
+    _share("scattered", x, axis_name, axis)
+    return lax.psum_scatter(x, axis_name, scatter_dimension=axis, tiled=True)
+
+
 def _all_to_all(x, axis_name, split, join):
+    _share("exchanged", x, axis_name, split)
     x = x if on_devices(axis_name) else differing(x, axis_name)
     return lax.all_to_all(x, axis_name, split, join, tiled=True)
 
@@ -165,10 +202,7 @@ _gathered = _pair(
     lambda x, axis_name, axis: lax.all_gather(x, axis_name, axis=axis, tiled=True),
     lambda g, axis_name, axis: _scattered(g, axis_name, axis),
 )
-_scattered = _pair(
-    lambda x, axis_name, axis: lax.psum_scatter(x, axis_name, scatter_dimension=axis, tiled=True),
-    lambda g, axis_name, axis: _gathered(g, axis_name, axis),
-)
+_scattered = _pair(_sum_of_own, lambda g, axis_name, axis: _gathered(g, axis_name, axis))
 _sliced = _pair(_own, lambda g, axis_name, axis: _assembled(g, axis_name, axis))
 _assembled = _pair(
     lambda x, axis_name, axis: lax.all_gather(x, axis_name, axis=axis, tiled=True),

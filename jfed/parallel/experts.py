@@ -29,7 +29,7 @@ from jfed import _validate
 from jfed.core import Tree
 from jfed.parallel.conjugate import copied, exchanged, size, summed
 from jfed.parallel.layered import Axes, divides
-from jfed.parallel.tensor import product
+from jfed.parallel.products import product
 
 
 class FeedForward(NamedTuple):

@@ -40,7 +40,7 @@ class Parts(NamedTuple):
 
 
 class Functions(NamedTuple):
-    """The model, as a device runs it on its part of everything; `h` is any tree with leaves [b, ...]."""
+    """The model, as a device runs it on its part of everything; `h` is any tree of floating leaves [b, ...]."""
 
     enter: Callable  # (params of enter, batch) -> h
     block: Callable  # (params of one block, h) -> h
@@ -57,6 +57,7 @@ class Layered(NamedTuple):
     functions: Callable  # (Axes) -> Functions
     check: Callable  # (sizes) -> None; raises ValueError where an axis of the mesh does not divide a dimension
     layers: int  # L
+    axes: tuple[str, ...] = ()  # of "tensor", "sequence" and "expert", those that its text communicates over
 
 
 def divides(where: str, sizes: Mapping[str, int], axis: str, **dimension: int) -> None:

@@ -29,7 +29,7 @@ class Network(NamedTuple):
     """A model, its layers split over the axis "tensor" of a mesh."""
 
     init: Callable  # (key) -> params
-    apply: Callable  # (params, x [B, ...], axis_name=None) -> predictions [B, ...], alike on all devices
+    apply: Callable  # (params, x [B, ...] floating, axis_name=None) -> predictions [B, outputs], alike on all devices
     specs: Tree  # of PartitionSpecs, as params
     check: Callable  # (sizes) -> None; raises ValueError where the axis does not divide a dimension
 
@@ -67,7 +67,7 @@ def mlp(*sizes: int) -> Network:
         _validate.at_least_one("mlp", "sizes", size, "it is the size of an array")
     kernels = list(zip(sizes[:-1], sizes[1:], strict=True))
     names = [f"layer_{i}" for i in range(len(kernels))]
-    return _network("mlp", names, kernels)
+    return _network("mlp", names, kernels, sizes[:1])
 
 
 def cnn(
@@ -116,10 +116,10 @@ def cnn(
     through = (first, *channels)
     kernels = [(kernel_size, kernel_size, *pair) for pair in zip(through[:-1], through[1:], strict=True)]
     names = [f"conv_{i}" for i in range(len(channels))] + ["dense", "out"]
-    return _network("cnn", names, [*kernels, (*left, through[-1], hidden), (hidden, num_classes)])
+    return _network("cnn", names, [*kernels, (*left, through[-1], hidden), (hidden, num_classes)], image_shape)
 
 
-def _network(where: str, names: list[str], kernels: list[tuple[int, ...]]) -> Network:
+def _network(where: str, names: list[str], kernels: list[tuple[int, ...]], input_shape: tuple[int, ...]) -> Network:
     splits = ["column" if i % 2 == 0 else "row" for i in range(len(names))]
     if splits[-1] == "column":
         splits[-1] = "sliced"
@@ -130,6 +130,10 @@ def _network(where: str, names: list[str], kernels: list[tuple[int, ...]]) -> Ne
         return {name: _init(one, layer.kernel) for one, (name, layer) in zip(keys, layers.items(), strict=True)}
 
     def apply_fn(params: Tree, x: jax.Array, axis_name: str | None = None) -> jax.Array:
+        flat = len(input_shape) == 1 and math.prod(x.shape[1:]) == input_shape[0]
+        if x.ndim < 2 or not (flat or x.shape[1:] == input_shape) or not jnp.issubdtype(x.dtype, jnp.floating):
+            wanted = ", ".join(map(str, input_shape))
+            raise ValueError(f"{where}(x of shape {x.shape} and dtype {x.dtype}): give floats [B, {wanted}].")
         for name, layer in layers.items():
             if name.startswith("conv"):
                 x = _pool(jax.nn.relu(_conv(params[name], x, layer.split, axis_name)))

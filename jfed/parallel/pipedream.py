@@ -11,8 +11,6 @@ Source: Narayanan et al. 2019 (doi:10.1145/3341301.3359646), section 3.3, weight
 Letters: p stages, m microbatches, B examples.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -71,6 +69,7 @@ def pipedream(
     where = "pipedream"
     _validate.at_least_one(where, "microbatches", microbatches, "each is a step")
     optimizer = _workers.optimizer_of(where, "optimizer", optimizer)
+    _validate.flags(where, recompute=recompute)
     if "pipe" not in getattr(mesh, "axis_names", ()):
         raise ValueError(f"{where}(mesh={mesh!r}): there must be an axis 'pipe'; without one, on_mesh trains.")
     placing = _placing.of(where, model, mesh, chunks=1, fully_sharded=False)
@@ -82,13 +81,10 @@ def pipedream(
 
     weights = pipeline.stashed(optimizer, summed)
     in_turn = pipeline.run(functions, table, weights, axis_name="pipe", recompute=recompute)
-    alike = tuple(name for name in mesh.axis_names if name in (*_placing.BATCH, "pipe"))
 
     def on_each_device(parts: Parts, states: Parts, batch: Tree) -> tuple[jax.Array, Parts, Parts]:
-        (length,) = {x.shape[0] for x in jax.tree.leaves(batch)}
-        batch = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
-        examples = length // microbatches * math.prod(mesh.shape[name] for name in placing.batch_axes)
-        loss, (parts, states) = in_turn((parts, states), batch, 1 / examples)
+        batch, scale = _placing.in_microbatches(placing, batch, microbatches)
+        loss, (parts, states) = in_turn((parts, states), batch, scale * microbatches)
         device = lax.axis_index("pipe")
         # The ends have learned on the stage that has them.
         enter, leave = (
@@ -96,7 +92,7 @@ def pipedream(
             for pair, stage in (((parts.enter, states.enter), 0), ((parts.leave, states.leave), stages - 1))
         )
         parts, states = (Parts(enter[i], (parts, states)[i].blocks, leave[i]) for i in (0, 1))
-        return lax.psum(loss, alike) / microbatches, parts, states
+        return _placing.mean_loss(placing, loss) / microbatches, parts, states
 
     def specs_of(states: Parts) -> Parts:
         return Parts(*map(specs_like, states, placing.shapes, placing.specs))
@@ -115,8 +111,7 @@ def pipedream(
         _placing.check_batch(where, placing, batch, microbatches)
         inner = specs_of(state.optimizer)
         # A device's share of each microbatch must lie together.
-        devices = math.prod(mesh.shape[name] for name in placing.batch_axes)
-        batch = jax.tree.map(lambda x: _dealt(x, microbatches, devices), batch)
+        batch = jax.tree.map(lambda x: _dealt(x, microbatches, placing.share), batch)
         program = meshes.shard_map(
             mesh=mesh,
             in_specs=(placing.specs, inner, _placing.rows(placing, batch)),

@@ -175,9 +175,15 @@ def run(
             return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
 
         sample = jax.eval_shape(lambda: functions.enter(parts.enter, part(0)))
+        if any(not jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(sample)):
+            raise ValueError(
+                f"pipeline: {sample} passes between blocks; it has gradients, so all of it must be floating."
+            )
         phase = phases(stage, jax.eval_shape(lambda: chunk_of(parts, 0)), sample, recompute=recompute)
         if p > 1:
+            _refuse_permutes(functions.enter, parts.enter, part(0))
             _refuse_permutes(stage, chunk_of(parts, 0), sample)
+            _refuse_permutes(functions.leave, parts.leave, sample, part(0))
         nothing = _filled(sample, fill)
         inputs, kept, gradients, waiting = (
             _filled(jax.tree.map(lambda x, n=n: jax.ShapeDtypeStruct((n + 1, *x.shape), x.dtype), shapes), fill)
@@ -268,12 +274,11 @@ def run(
     return program
 
 
-def _refuse_permutes(stage: Callable, blocks: list, h: Tree) -> None:
+def _refuse_permutes(f: Callable, *given: Any) -> None:
     """XLA:CPU's permutes wait for all devices of the program, of which some are at work on something else."""
-    traced = jax.make_jaxpr(stage)(blocks, h)
-    if "ppermute" in str(traced):
+    if "ppermute" in str(jax.make_jaxpr(f)(*given)):
         raise ValueError(
-            "pipeline: a block sends by permutes (ring or zigzag attention, overlap=True), and while it does other "
+            "pipeline: the model sends by permutes (ring or zigzag attention, overlap=True), and while it does other "
             "stages do something else: messages would go astray; take all_to_all_attention, or overlap=False."
         )
 

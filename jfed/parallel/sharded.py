@@ -15,12 +15,12 @@ Source: Rajbhandari et al. 2020 (arXiv:1910.02054), Narayanan et al. 2021 (arXiv
 Letters: L blocks, p stages, v chunks a stage, m microbatches, B examples in a batch, n devices along data.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
@@ -52,7 +52,7 @@ def on_mesh(
     schedule: Callable | Schedule | None = None,
     fully_sharded: bool = False,
     recompute: bool = True,
-    all_reduce: Callable = lax.psum,
+    all_reduce: Callable | None = None,
     fill: float = 0.0,
 ) -> Algorithm:
     """Trains a model over any mesh.
@@ -78,7 +78,8 @@ def on_mesh(
       fully_sharded: cut every array along "data" too, each along its longest axis that n divides; one without such
         stays whole. Of the entrance and the exit what is gathered is kept for the whole step.
       recompute: keep a block's input only (in a pipeline a stage's) and compute the rest again for the gradient.
-      all_reduce: of gradients over axes they are summed over: `(x, axis_name) -> sum`, as in `data_parallel`.
+      all_reduce: of gradients over axes they are summed over: an exact `(x, axis_name) -> sum`, by default
+        `jax.lax.psum`; axis_name is a tuple where there are several.
       fill: what a pipeline's empty slots and idle messages hold; NaN shows that nothing uses them.
 
     Raises:
@@ -98,6 +99,10 @@ def on_mesh(
     where = "on_mesh"
     _validate.at_least_one(where, "microbatches", microbatches, "one takes the batch at once")
     optimizer = _workers.optimizer_of(where, "optimizer", optimizer)
+    all_reduce = _workers.all_reduce_of(where, all_reduce)
+    _validate.flags(where, fully_sharded=fully_sharded, recompute=recompute)
+    if np.ndim(fill) or not isinstance(fill, float | int | np.floating):
+        raise ValueError(f"{where}(fill={fill!r}): give one number, such as 0.0 or float('nan').")
     table = _placing.table(where, mesh, schedule, microbatches, one_f_one_b)
     placing = _placing.of(where, model, mesh, chunks=1 if table is None else table.chunks, fully_sharded=fully_sharded)
     cuts, specs = placing.cuts, placing.specs
@@ -115,18 +120,16 @@ def on_mesh(
     else:
         added = pipeline.accumulated()
         all_microbatches = pipeline.run(gathering, table, added, axis_name="pipe", recompute=recompute, fill=fill)
-    alike = tuple(name for name in mesh.axis_names if name in (*_placing.BATCH, "pipe"))
 
     def on_each_device(parts: Parts, batch: Tree) -> tuple[jax.Array, Parts]:
-        examples = jax.tree.leaves(batch)[0].shape[0] * math.prod(mesh.shape[name] for name in placing.batch_axes)
-        batch = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+        batch, scale = _placing.in_microbatches(placing, batch, microbatches)
         whole = Parts(gather(parts.enter, cuts.enter), parts.blocks, gather(parts.leave, cuts.leave))
-        loss, total = all_microbatches(whole, batch, 1 / examples)
+        loss, total = all_microbatches(whole, batch, scale)
         ends = scatter(total.enter, cuts.enter), scatter(total.leave, cuts.leave)
         ends = _placing.summed(all_reduce, mesh, ends, (specs.enter, specs.leave), also="pipe")
         blocks = _placing.summed(all_reduce, mesh, total.blocks, specs.blocks)
         gradient = Parts(ends[0], blocks, ends[1])
-        return lax.psum(loss, alike) if alike else loss, _as(parts, gradient)
+        return _placing.mean_loss(placing, loss), _as(parts, gradient)
 
     def shardings(state: MeshState) -> MeshState:
         inner = specs_like(state.optimizer, placing.shapes, specs)

@@ -12,6 +12,7 @@ Letters: V tokens in the vocabulary, H the width, L blocks, b examples of T toke
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jfed import _validate
 from jfed.core import Tree
 from jfed.parallel import conjugate, tensor
 from jfed.parallel.attention import ring_attention
+from jfed.parallel.experts import FeedForward
 from jfed.parallel.layered import Axes, Functions, Layered, Parts, divides
 
 _EVERYWHERE = PartitionSpec()
@@ -44,7 +46,7 @@ def transformer(
     attention: Callable | None = None,
     sequence_attention: Callable = ring_attention,
     compute_dtype: jnp.dtype = jnp.float32,
-    feed_forward: tuple | None = None,
+    feed_forward: FeedForward | None = None,
 ) -> Layered:
     """`jfed.models.transformer`, without dropout, to be trained over any mesh.
 
@@ -52,8 +54,10 @@ def transformer(
     mesh splits the sequence, which then has consecutive tokens on consecutive devices. A loss is the mean over an
     example's labels, 0 if it has none, float32; a label outside [-1, V) or a token outside [0, V) makes it NaN.
 
-    Sent by a device in a step, over t devices of a tensor axis: a block sums 4 times b T H numbers, or gathers and
-    scatters as many; enter and leave together 2 times, and 3 times b T.
+    Sent by a device in a step, over t devices of a tensor axis: a block sums 4 times b T H numbers, and once more where
+    it is computed again for the gradient; enter and leave together sum b T H 2 times, and b T 3 times. With
+    `sequence_parallel` each sum is a gather and a scatter, and gradients of norms and biases, 6 H a block and 2 H
+    at the end, and of T H positions are summed besides.
 
     Args:
       vocabulary_size: V.
@@ -99,7 +103,13 @@ def transformer(
         )
     if overlap and not sequence_parallel:
         raise ValueError(f"{where}(overlap=True): it is the messages of sequence_parallel that overlap; set that too.")
-    if not jnp.issubdtype(compute_dtype, jnp.floating):
+    _validate.flags(where, sequence_parallel=sequence_parallel, overlap=overlap)
+    for name, value in {"attention": attention, "sequence_attention": sequence_attention}.items():
+        if value is not None and not callable(value):
+            raise ValueError(f"{where}({name}={value!r}): give a function of jfed.parallel, or leave it out.")
+    if feed_forward is not None and not isinstance(feed_forward, FeedForward):
+        raise ValueError(f"{where}(feed_forward={feed_forward!r}): give mixture_of_experts(...), or leave it out.")
+    if not _is_float(compute_dtype):
         raise ValueError(f"{where}(compute_dtype={compute_dtype!r}): must be a dtype of floats; take jnp.bfloat16.")
     names = [f"block_{i}" for i in range(layers)]
     layout = tensor.OVERLAPPED if overlap else tensor.SPLIT if sequence_parallel else tensor.WHOLE
@@ -210,11 +220,18 @@ def transformer(
         blocks=block_specs,
         leave={"norm": _NORM, "out": _COLUMN},
     )
-    return Layered(init_fn, split_fn, join_fn, specs, functions_fn, check_fn, layers)
+    return Layered(init_fn, split_fn, join_fn, specs, functions_fn, check_fn, layers, Axes._fields)
 
 
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+def _is_float(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:  # no dtype at all
+        return False
 
 
 def _norm(width: int) -> Tree:

@@ -205,5 +205,33 @@ def test_sizes_that_do_not_divide_are_refused():
     parts = jnp.zeros((4, 1, 3, 6, 2))
     with pytest.raises(ValueError, match="zigzag_attention.tokens=3.*4 devices of axis 'sequence'.*even"):
         jax.vmap(lambda x: attention.zigzag_attention(x, x, x, "sequence"), axis_name="sequence")(parts)
-    with pytest.raises(ValueError, match="all_to_all_attention.heads=6.*'sequence' has 4 devices.*heads=8"):
+    with pytest.raises(ValueError, match="all_to_all_attention.heads_of_a_device=6.*'sequence' has 4 devices.*=8"):
         jax.vmap(lambda x: attention.all_to_all_attention(x, x, x, "sequence"), axis_name="sequence")(parts)
+
+
+def test_all_to_all_attends_by_what_it_is_given():
+    shapes = []
+
+    def first_token(q, k, v):
+        shapes.append(v.shape)
+        return jnp.broadcast_to(v[:, :1], v.shape)
+
+    way = functools.partial(attention.all_to_all_attention, axis_name="sequence", attention=first_token)
+    parts = [jnp.stack(jnp.split(x, 4, axis=1)) for x in (Q, K, V)]
+    found = jax.vmap(way, axis_name="sequence")(*parts)
+    assert set(shapes) == {(B, T, HEADS // 4, D)}
+    np.testing.assert_array_equal(jnp.concatenate(list(found), axis=1), jnp.broadcast_to(V[:, :1], V.shape))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_in_half_precision_gradients_are_those_of_single_within_its_rounding(way):
+    """Out of scores and sums in half precision they would be some per cent off."""
+    small = [x.astype(jnp.bfloat16) for x in (Q, K, V, G)]
+    exact = jax.jit(differentiated(attention.causal_attention))(*(x.astype(jnp.float32) for x in small))
+    parts = [jnp.stack(jnp.split(x, 4, axis=1)) for x in small]
+    one = functools.partial(WAYS[way], axis_name="sequence")
+    found = jax.jit(jax.vmap(differentiated(one), axis_name="sequence"))(*parts)
+    for x, want in zip(found, exact, strict=True):
+        assert x.dtype == jnp.bfloat16
+        got = jnp.concatenate(list(x), axis=1).astype(jnp.float32)
+        assert jnp.linalg.norm(got - want) < 0.006 * jnp.linalg.norm(want)

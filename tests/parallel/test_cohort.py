@@ -208,6 +208,12 @@ def test_a_loss_on_parts_has_the_value_and_gradient_of_the_whole_outside_of_a_ro
     assert gradient["up"]["w"].sharding.spec == SPECS["up"]["w"]
 
 
+def test_a_loss_on_parts_runs_operation_by_operation_too():
+    batch = {"x": POPULATION.examples["x"][:6], "y": POPULATION.examples["y"][:6]}
+    value, gradient = jax.value_and_grad(lambda p: jnp.sum(in_pairs(devices())(p, batch, KEY(0))))(params())
+    close((value, gradient), jax.value_and_grad(lambda p: jnp.sum(two_layers(p, batch, KEY(0))))(params()))
+
+
 def test_a_loss_on_parts_refuses_to_be_differentiated_otherwise():
     batch = {"x": POPULATION.examples["x"][:6], "y": POPULATION.examples["y"][:6]}
     loss = in_pairs(devices())

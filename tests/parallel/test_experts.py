@@ -284,3 +284,21 @@ def test_tokens_that_groups_do_not_divide_are_refused():
     with pytest.raises(ValueError, match=r"groups=3.*2 devices"):
         parts = jnp.stack([X, X])
         jax.vmap(lambda x: make(groups=3).apply(params(), x, Axes(sequence="s")), axis_name="s")(parts)
+
+
+def test_kernels_start_with_a_variance_of_one_over_their_inputs():
+    drawn = mixture_of_experts(8, hidden=64, top=1).init(jax.random.key(0), 32)
+    for name, inputs in {"router": 32, "in": 32, "out": 64}.items():
+        kernel = drawn[name]["kernel"]
+        np.testing.assert_allclose(kernel.std(), inputs**-0.5, rtol=3 / (2 * kernel.size) ** 0.5)  # standard errors
+    assert mixture_of_experts(8, top=1).init(jax.random.key(0), 32)["in"]["kernel"].shape == (8, 32, 128)
+
+
+def test_hidden_units_of_small_floats_are_rounded_once_after_the_activation():
+    p, small = params(1), X.astype(jnp.bfloat16)
+    layer = mixture_of_experts(1, hidden=F, top=1, capacity_factor=1.0)
+    wide = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)  # noqa: E731
+    inside = wide(jax.nn.gelu(wide(X) @ wide(p["in"]["kernel"][0])))
+    want = inside @ wide(p["out"]["kernel"][0])
+    found = applied(layer, p, small)[0].astype(jnp.float32)
+    assert np.linalg.norm(found - want) < 0.003 * np.linalg.norm(want)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType
 
 from jfed import mesh
@@ -177,6 +178,18 @@ def test_dense_layers_may_have_an_optimizer_of_their_own():
     assert abs(method.params(state).features["w"] - PARAMS.features["w"]).max() > 1e-3
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_optimizers_are_given_the_loss_of_the_whole_batch(scheme):
+    def update(updates, state, params=None, *, value):
+        return jax.tree.map(lambda g: -value * g, updates), state
+
+    by_loss = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    method = hybrid(MODEL, loss, by_loss, workers=4, scheme=SCHEMES[scheme])
+    state, _ = jax.jit(method.round)(method.init(PARAMS), batch(0), KEY)
+    value, gradient = jax.value_and_grad(of_batch)(PARAMS, batch(0))
+    assert_close(method.params(state), jax.tree.map(lambda p, g: p - value * g, PARAMS, gradient))
+
+
 def test_gradients_of_convolutions_pass_any_all_reduce():
     exact, ring, coarse = (
         hybrid(MODEL, loss, RATES, workers=devices(4), all_reduce=all_reduce)
@@ -265,6 +278,32 @@ def test_a_small_alexnet_trains_all_of_its_layers():
     assert min(jax.tree.leaves(change)) > 1e-5
 
 
+def test_the_alexnet_is_that_of_flax():
+    """Layer by layer from the paper's list, with strides, pads and pools written once more."""
+    model, channels, units = alexnet((67, 71, 3), 5, width=1 / 32), (2, 6, 12, 12, 8), 128
+    params = model.init(KEY)
+    params = jax.tree.map(lambda p: p + 0.05 * numbers(p.size, *p.shape), params)
+
+    class Flax(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            side, stride, pad = (11, 5, 3, 3, 3), (4, 1, 1, 1, 1), (2, 2, 1, 1, 1)
+            for i, c in enumerate(channels):
+                x = nn.relu(nn.Conv(c, (side[i],) * 2, (stride[i],) * 2, padding=pad[i], name=f"conv_{i}")(x))
+                x = nn.max_pool(x, (3, 3), (2, 2)) if i in (0, 1, 4) else x
+            x = x.reshape(len(x), -1)
+            for i in range(2):
+                x = nn.relu(nn.Dense(units, name=f"dense_{i}")(x))
+            return nn.Dense(5, name="dense_2")(x)
+
+    layers = [(f"conv_{i}", layer) for i, layer in enumerate(params.features)]
+    layers += [(f"dense_{i}", layer) for i, layer in enumerate(params.dense)]
+    theirs = {name: {"kernel": layer.kernel, "bias": layer.bias} for name, layer in layers}
+    x = numbers(0, 3, 67, 71, 3)
+    want = Flax().apply({"params": theirs}, x)
+    assert_close(whole(model)(params, x), want, atol=1e-4 * abs(want).max())
+
+
 def first_round(size=B, params=PARAMS, workers=4, model=MODEL, loss=loss, **options):
     method = hybrid(model, loss, RATES, workers=workers, **options)
     return method.round(method.init(params), batch(0, size), KEY)
@@ -299,6 +338,11 @@ WRONG = {
     "image": (lambda: alexnet((32, 32, 3)), r"image_shape=\(32, 32, 3\), stem=\(11, 4\)\).*\(5, 1\)"),
     "width": (lambda: alexnet(width=0), r"width=0\)"),
     "classes": (lambda: alexnet(num_classes=0), r"num_classes=0\)"),
+    "not an image": (lambda: alexnet((224, 224)), r"image_shape=\(224, 224\)"),
+    "no channels": (lambda: alexnet((224, 224, 0)), r"channels of image_shape=0\)"),
+    "convolution": (lambda: alexnet(convolution="fast"), r"convolution='fast'\): give a function"),
+    "another image": (lambda: alexnet().features(None, jnp.ones((2, 32, 32, 3))), r"x of shape \(2, 32, 32, 3\)"),
+    "model": (lambda: first_round(model=lambda w, x: x), r"give a HybridModel such as alexnet"),
     "stride": (lambda: alexnet(stem=(5, 0)), r"stride of stem=0\)"),
 }
 

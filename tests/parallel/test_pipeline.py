@@ -119,6 +119,54 @@ def test_memory_of_1f1b_is_flat_in_microbatches_and_gpipes_grows(recompute):
     assert grows[1] - grows[0] >= (32 - 8) * h
 
 
+def test_what_is_recomputed_is_not_kept():
+    kept, again = (temporary_memory(schedules.one_f_one_b, 8, recompute) for recompute in (False, True))
+    h = 4 * 4 * 8 * 32  # bytes; four microbatches of the first stage keep at least qkv, the hidden units twice and h
+    assert kept - again >= 4 * (3 + 4 + 4) * h
+
+
+def test_empty_slots_and_messages_are_filled_as_is_said():
+    model, devices = meshes.MODELS["dense"], mesh.make((2,), ("pipe",))
+
+    def program(**options):
+        method = on_mesh(model, optax.sgd(1.0), mesh=devices, microbatches=4, **options)
+        state = jax.eval_shape(method.init, jax.eval_shape(model.init, meshes.KEY))
+        return str(jax.make_jaxpr(method.round)(state, meshes.BATCH, meshes.KEY))
+
+    assert "123.0" in program(fill=123.0) and "123.0" not in program()
+
+
+def toy(dtype, enter=lambda params, batch: batch["x"]):
+    """A model of one number a block, whose gradient is the mean of x."""
+    return layered.Layered(
+        init=lambda key: jnp.ones((2, 1), dtype),
+        split=lambda params: layered.Parts((), params, ()),
+        join=lambda parts: parts.blocks,
+        specs=layered.Parts((), jax.sharding.PartitionSpec(), ()),
+        functions=lambda axes: layered.Functions(enter, lambda w, h: h + w[None], lambda params, h, batch: h[:, 0]),
+        check=lambda sizes: None,
+        layers=2,
+    )
+
+
+@pytest.mark.parametrize("axis", ["data", "pipe"])
+def test_gradients_of_small_floats_are_added_up_in_single(axis):
+    """A sum of 512 shares of 1 / 512 stops at a half in bfloat16."""
+    model, m = toy(jnp.bfloat16), 512
+    method = on_mesh(model, optax.sgd(1.0), mesh=mesh.make((1,), (axis,)), microbatches=m)
+    batch = {"x": jnp.zeros((m, 1), jnp.bfloat16)}
+    state, _ = jax.jit(method.round)(method.init(model.init(meshes.KEY)), batch, meshes.KEY)
+    np.testing.assert_array_equal(method.params(state).astype(jnp.float32), 0.0)
+
+
+def test_whole_numbers_between_blocks_are_refused():
+    model = toy(jnp.int32)
+    method = on_mesh(model, optax.sgd(1.0), mesh=mesh.make((2,), ("pipe",)), microbatches=2)
+    batch = {"x": jnp.zeros((4, 1), jnp.int32)}
+    with pytest.raises(ValueError, match="all of it must be floating"):
+        method.round(method.init(model.init(meshes.KEY)), batch, meshes.KEY)
+
+
 PIPE = (2, 4)
 
 
@@ -164,6 +212,17 @@ def test_pipedream_descends_gradients_of_the_weights_that_a_microbatch_has_seen(
     assert state.step == m
 
 
+def test_pipedream_computes_again_what_it_does_not_keep():
+    def memory(recompute):
+        devices = mesh.make((4,), ("pipe",))
+        method = pipedream(DEEP, optax.sgd(0.1), mesh=devices, microbatches=8, recompute=recompute)
+        state = jax.eval_shape(method.init, jax.eval_shape(DEEP.init, meshes.KEY))
+        batch = {name: jax.ShapeDtypeStruct((32, 8), jnp.int32) for name in "xy"}
+        return jax.jit(method.round).lower(state, batch, meshes.KEY).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(False) - memory(True) >= 4 * (3 + 4 + 4) * 4 * 4 * 8 * 32
+
+
 def test_pipedream_with_one_stage_is_training_on_one_microbatch_after_another_also_data_parallel():
     model, optimizer = meshes.MODELS["dense"], optax.sgd(0.1, momentum=0.9)
     method = pipedream(model, optimizer, mesh=mesh.make((2, 1), ("data", "pipe")), microbatches=4)
@@ -183,7 +242,7 @@ def test_permutes_inside_a_stage_are_refused(name, model):
     axes = {"pipe": 2, "sequence" if model == "dense" else "tensor": 2}
     method = on_mesh(meshes.MODELS[model], optax.sgd(1.0), mesh=mesh.make((2, 2), tuple(axes)), microbatches=2)
     state = method.init(meshes.MODELS[model].init(meshes.KEY))
-    with pytest.raises(ValueError, match="a block sends by permutes"):
+    with pytest.raises(ValueError, match="the model sends by permutes"):
         method.round(state, meshes.BATCH, meshes.KEY)
 
 

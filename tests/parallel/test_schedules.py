@@ -15,6 +15,7 @@ GENERATORS = {
     "naive": schedules.naive,
     "gpipe": schedules.gpipe,
     "one_f_one_b": schedules.one_f_one_b,
+    "one_f_one_b_lockstep": schedules.one_f_one_b_lockstep,
     "interleaved": functools.partial(schedules.interleaved, chunks=2),
     "zb_h1": schedules.zb_h1,
 }
@@ -120,6 +121,18 @@ def test_the_bubble_of_zb_h1_is_that_of_the_closed_form(p, m):
 
 
 @sizes
+def test_1f1b_for_lockstep_idles_as_long_however_much_longer_gradients_take(p, m):
+    schedule = schedules.one_f_one_b_lockstep(p, m)
+    expected = (p - 1) / (m + p - 1)
+    assert idle(schedule) == pytest.approx(expected, abs=1e-12)
+    cost = schedules.predict(schedule, forward=1.0, input_gradient=1.5, weight_gradient=2.0, recompute=1.0)
+    assert cost.lockstep_bubble == pytest.approx(expected, abs=1e-12)
+    assert cost.activations.tolist() == [min(m, 2 * (p - 1 - r) + 1) for r in range(p)]
+    for ops in schedule.op:  # no tick in which some go forward and others back
+        assert len(set(ops.tolist()) - {IDLE}) == 1
+
+
+@sizes
 def test_naive_leaves_all_devices_but_one_idle(p, m):
     schedule = schedules.naive(p, m)
     assert ((schedule.op != IDLE).sum(axis=1) == 1).all()
@@ -151,6 +164,7 @@ def test_the_split_of_gradients_takes_the_weights_share_out_of_the_bubble(name, 
         ("naive", [1, 1, 1, 1], [0, 0, 0, 0]),
         ("gpipe", [8, 8, 8, 8], [1, 1, 1, 1]),
         ("one_f_one_b", [4, 3, 2, 1], [1, 1, 1, 1]),
+        ("one_f_one_b_lockstep", [7, 5, 3, 1], [0, 0, 0, 0]),
         ("interleaved", [11, 9, 7, 5], [1, 1, 1, 1]),
         ("zb_h1", [4, 4, 4, 4], [1, 2, 3, 4]),
     ],
@@ -179,7 +193,7 @@ def test_each_device_takes_each_microbatch_through_each_chunk_in_the_same_number
     ops = {op: int((schedule.op == op).sum()) for op in range(1, 5)}
     n = 4 * 8 * schedule.chunks
     expected = {FORWARD: n, BACKWARD: n, INPUT_GRADIENT: 0, WEIGHT_GRADIENT: 0}
-    if name != "naive":
+    if name not in ("naive", "one_f_one_b_lockstep"):
         expected |= {BACKWARD: 0, INPUT_GRADIENT: n, WEIGHT_GRADIENT: n}
     assert ops == expected
 

@@ -6,9 +6,12 @@ import meshes
 import numpy as np
 import optax
 import pytest
+from jax.lax import psum
 
 from jfed import mesh
 from jfed.parallel import on_mesh, schedules, transformer
+
+SGD = optax.sgd(1.0)
 
 
 def close(a, b, atol=1e-5):
@@ -57,6 +60,49 @@ def test_what_is_not_recomputed_needs_no_gathered_parameters_kept():
     assert compiled.memory_analysis().temp_size_in_bytes < 0.75 * blocks
 
 
+def test_gradients_pass_the_all_reduce_that_is_given():
+    """One that doubles, over all axes that examples are dealt to."""
+    model, devices = meshes.MODELS["dense"], mesh.make((2, 2), ("data", "pipe"))
+    method = on_mesh(
+        model,
+        SGD,
+        mesh=devices,
+        microbatches=2,
+        all_reduce=lambda x, axis: jax.tree.map(lambda t: 2 * t, psum(x, axis)),
+    )
+    params = model.init(meshes.KEY)
+    state, _ = jax.jit(method.round)(method.init(params), meshes.BATCH, meshes.KEY)
+    twice = jax.tree.map(lambda w, end: w + 2 * (end - w), params, meshes.alone("one")[0])
+    close(method.params(state), twice, 2e-5)
+
+
+def test_an_optimizer_is_given_the_loss_and_its_state_is_strongly_typed():
+    def update(updates, state, params=None, *, value):
+        return jax.tree.map(lambda g: -value * g, updates), state + 1
+
+    optimizer = optax.GradientTransformationExtraArgs(lambda params: jnp.asarray(0.0), update)  # a weak type
+    model = meshes.MODELS["dense"]
+    method = on_mesh(model, optimizer, mesh=mesh.make((2,), ("data",)))
+    params = model.init(meshes.KEY)
+    state = method.init(params)
+    assert not any(x.weak_type for x in jax.tree.leaves(state))
+    round_fn = jax.jit(method.round)
+    after, metrics = round_fn(state, meshes.BATCH, meshes.KEY)
+    end, loss = meshes.alone("one")
+    close(method.params(after), jax.tree.map(lambda w, e: w + loss * (e - w), params, end), 2e-5)
+    round_fn(after, meshes.BATCH, meshes.KEY)
+    assert round_fn._cache_size() == 1
+
+
+def test_an_optimizer_that_adds_up_over_steps_is_taken_as_it_is():
+    model = meshes.MODELS["dense"]
+    method = on_mesh(model, optax.MultiSteps(SGD, 2), mesh=mesh.make((2,), ("data",)))
+    params, round_fn = model.init(meshes.KEY), jax.jit(method.round)
+    first, _ = round_fn(method.init(params), meshes.BATCH, meshes.KEY)
+    close(method.params(first), params, 0)
+    close(method.params(round_fn(first, meshes.BATCH, meshes.KEY)[0]), meshes.alone("one")[0])
+
+
 SMALL = meshes.MODELS["dense"]
 REFUSED = {
     "heads": ({"tensor": 8}, {}, r"heads=4\): the mesh's axis 'tensor' has 8 devices"),
@@ -69,6 +115,10 @@ REFUSED = {
         "the table is of 4 devices and 4 microbatches",
     ),
     "no schedule": ({"pipe": 2}, {"schedule": 3, "microbatches": 2}, "give a function"),
+    "an axis that the model ignores": ({"sequence": 2}, {}, "mesh with an axis 'sequence'"),
+    "no flag": ({"data": 2}, {"recompute": "yes"}, "recompute must be True or False"),
+    "no all-reduce": ({"data": 2}, {"all_reduce": "ring"}, r"all_reduce='ring'\): give a function"),
+    "no number": ({"pipe": 2}, {"microbatches": 2, "fill": "nan"}, r"fill='nan'\): give one number"),
     "no microbatch": ({"data": 2}, {"microbatches": 0}, "microbatches must be a whole number"),
 }
 
@@ -76,8 +126,9 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_is_refused_before_anything_compiles(name):
     axes, options, message = REFUSED[name]
+    model = SMALL._replace(axes=("tensor",)) if "ignores" in name else SMALL
     with pytest.raises(ValueError, match=message):
-        on_mesh(SMALL, optax.sgd(1.0), mesh=mesh.make(tuple(axes.values()), tuple(axes)), **options)
+        on_mesh(model, optax.sgd(1.0), mesh=mesh.make(tuple(axes.values()), tuple(axes)), **options)
 
 
 @pytest.mark.parametrize(

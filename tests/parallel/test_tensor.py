@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from jfed import mesh, models
 from jfed.collectives import _walk, count
-from jfed.parallel import networks, tensor
+from jfed.parallel import conjugate, networks, tensor
 
 B, T, H, HIDDEN, V = 2, 8, 4, 12, 8
 LAYOUTS = {"whole": tensor.WHOLE, "split": tensor.SPLIT, "overlapped": tensor.OVERLAPPED}
@@ -163,6 +164,32 @@ def test_the_mlp_is_that_of_the_models():
     close(network.apply(ours, x), model.apply(model.init(jax.random.key(0)), x.reshape(3, 28, 28, 1)))
 
 
+def test_the_cnn_is_that_of_flax():
+    """Convolution, ReLU and pooling, then two dense layers, with its parameters."""
+
+    class Flax(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for name, channels in (("conv_0", 4), ("conv_1", 8)):
+                x = nn.max_pool(nn.relu(nn.Conv(channels, (3, 3), name=name)(x)), (2, 2), (2, 2))
+            x = nn.relu(nn.Dense(8, name="dense")(x.reshape(len(x), -1)))
+            return nn.Dense(3, name="out")(x)
+
+    network, shape = NETWORKS["cnn of two"]
+    _, params, _, x = of_a_network(network, shape)
+    flat = params | {"dense": params["dense"] | {"kernel": params["dense"]["kernel"].reshape(-1, 8)}}
+    close(network.apply(params, x), Flax().apply({"params": flat}, x))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_inputs_of_another_shape_or_of_whole_numbers_are_refused(name):
+    network, shape = NETWORKS[name]
+    params = network.init(jax.random.key(0))
+    for x in (jnp.zeros((*shape, 2)), jnp.zeros(shape, jnp.uint8)):
+        with pytest.raises(ValueError, match=r"give floats \[B, "):
+            network.apply(params, x)
+
+
 def test_losses_are_those_of_the_models_at_every_kind_of_label():
     logits, labels = normal(0, 1, V, V), jnp.array([[0, V - 1, -1, -2, V, 3, 4, 5]])
     nll = tensor.cross_entropy(logits, labels)
@@ -268,3 +295,42 @@ def test_a_network_names_what_the_axis_does_not_divide():
 def test_wrong_sizes_of_networks_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (lambda x: tensor.matmul_scatter(x, jnp.ones((4, 4)), "tensor"), r"tokens=6\): .*'tensor' has 4 devices"),
+        (lambda x: conjugate.scattered(x, "tensor", 0), r"scattered\(x of shape \(6, 4\)\): .* 4 devices.*dimension 0"),
+        (lambda x: conjugate.sliced(x, "tensor", 0), r"sliced\(x of shape \(6, 4\)\): .* dimension 0"),
+        (lambda x: conjugate.exchanged(x, "tensor", 0, 1), r"exchanged\(x of shape \(6, 4\)\): .* dimension 0"),
+    ],
+)
+def test_tokens_that_devices_do_not_divide_are_refused(f, message):
+    with pytest.raises(ValueError, match=message):
+        jax.vmap(f, axis_name="tensor")(jnp.ones((4, 6, 4)))
+
+
+def test_in_half_precision_norms_biases_and_logits_are_computed_in_single():
+    x = (100 + normal(0, 3, H)).astype(jnp.bfloat16)  # a mean that half precision would lose
+    params = {"scale": 1 + normal(1, H), "bias": normal(2, H)}
+    want = tensor.layer_norm(x.astype(jnp.float32), params)
+    found = tensor.layer_norm(x, params)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, want.astype(jnp.bfloat16))
+    kernel, bias = normal(3, H, 5), 1e-3 * normal(4, 5)
+    exact = x.astype(jnp.float32) @ kernel.astype(jnp.bfloat16).astype(jnp.float32) + bias[None]
+    close(tensor.column_dense(x, kernel, bias, dtype=jnp.float32), exact)
+
+
+def test_an_embeddings_messages_are_of_its_dtype_and_its_gradient_of_the_tables():
+    def loss(table):
+        h = tensor.embedding(TOKENS, table, "tensor", dtype=jnp.bfloat16)
+        assert h.dtype == jnp.bfloat16
+        return h.astype(jnp.float32).sum()
+
+    table = normal(0, 4, V // 4, H)
+    gradient = jax.vmap(jax.grad(loss), axis_name="tensor")(table)
+    assert gradient.dtype == jnp.float32
+    counted = count.traced(on_devices(jax.grad(loss), 4), jax.ShapeDtypeStruct(table.shape, table.dtype))
+    assert set(counted.sent.tolist()) == {all_reduce(TOKENS.size * H) // 2}

@@ -196,12 +196,12 @@ def test_attention_is_what_one_gives():
 def test_balance_losses_of_all_blocks_are_added_to_every_example():
     def balanced(value):
         def apply(params, h, axes):
-            return jnp.zeros_like(h), value * jnp.arange(B, dtype=jnp.float32)
+            return jnp.zeros_like(h), value * (1 + jnp.arange(B, dtype=jnp.float32))
 
         model = transformer(V, **SIZES, feed_forward=FeedForward(lambda key, width: {}, {}, apply, lambda sizes: None))
         return losses(model, Axes(), model.split(model.init(jax.random.key(0))), BATCH)
 
-    close(balanced(3.0) - balanced(0.0), SIZES["layers"] * 3.0 * jnp.arange(B))
+    close(balanced(3.0) - balanced(0.0), SIZES["layers"] * 3.0 * (1 + jnp.arange(B)))
 
 
 def sent_by(function, sizes, options):
@@ -266,6 +266,10 @@ def test_what_a_tensor_axis_sends_is_what_theory_says(function, options, reduced
         ({"heads": 3}, r"transformer\(width=8\): width must be a multiple of heads=3; use width=9"),
         ({"overlap": True}, r"transformer\(overlap=True\): .* sequence_parallel"),
         ({"compute_dtype": jnp.int8}, r"transformer\(compute_dtype=.*int8"),
+        ({"compute_dtype": "small"}, r"transformer\(compute_dtype='small'"),
+        ({"sequence_parallel": 1}, r"transformer\(sequence_parallel=1\)"),
+        ({"attention": "flash"}, r"transformer\(attention='flash'\): give a function"),
+        ({"feed_forward": 4}, r"transformer\(feed_forward=4\): give mixture_of_experts"),
     ],
 )
 def test_wrong_arguments_are_refused(change, message):
