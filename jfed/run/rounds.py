@@ -6,6 +6,7 @@ state and `t` alone, with the same result.
 Letters: T rounds, C clients in a cohort, N clients in the population, E examples.
 """
 
+import collections
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,9 @@ from jax.experimental import io_callback
 from jfed import _validate, mesh
 from jfed.core import Algorithm, Population, Sampler, Tree
 from jfed.run.evaluation import Metrics, evaluate
+
+_AHEAD = 16
+"""Stretches that may be under way at once. With more than a hundred of several CPU devices XLA waits for ever."""
 
 
 def scan_rounds(
@@ -157,13 +161,16 @@ def iterate(
     def moments():
         # Else the first round's result, which lies on the mesh and has strong types, would call for a second program.
         home = mesh.of((state, key, population))
-        done, now = start, mesh.onto(state, home)
+        done, now, under_way = start, mesh.onto(state, home), collections.deque()
         while done < rounds:
             stretch = min(every - done % every, rounds - done)
             now, metrics = scan_rounds(
                 algorithm, sampler, population, now, key, rounds=stretch, start=done, donate=donate
             )
             done += stretch
+            under_way.append(metrics)
+            if len(under_way) > _AHEAD:
+                jax.block_until_ready(under_way.popleft())
             yield Moment(done, now, metrics)
 
     return moments()
