@@ -64,7 +64,10 @@ SPLIT = Layout(
     whole=lambda x, axis_name: conjugate.assembled(x, axis_name, x.ndim - 2),
     shared=conjugate.copied,
 )
-"""Every device holds T / n tokens, gathered before column layers and scattered after row layers."""
+"""Every device holds T / n tokens, gathered before column layers and scattered after row layers.
+
+What is gathered is kept for the kernel's gradient, unless the block is computed again for it.
+"""
 
 OVERLAPPED = SPLIT._replace(column=gather_matmul, row=matmul_scatter)
 """As SPLIT, the messages of dense layers overlapping their products."""
