@@ -27,10 +27,10 @@ Counted is the traced program, of pipelines on several axes the compiled one. Lo
 
 | TPU v5e, 1.345 B parameters        | memory a chip, GB | busy | waits | idle | a step | of peak | sends hidden |
 |------------------------------------|-------------------|------|-------|------|--------|---------|--------------|
-| 16 chips, 2 x 4 x 2, 1F1B in step  |  1.32 +  3.54     |  502 |   293 | 16 % | 944 ms |    36 % | 1420 of 3781 |
+| 16 chips, 2 x 4 x 2, 1F1B lockstep  |  1.32 +  3.54     |  502 |   293 | 16 % | 944 ms |    36 % | 1420 of 3781 |
 | 16 chips, 2 x 4 x 2, ZB-H1         |  1.32 + 13.23     |  502 |   330 | 34 % |   1261 |    27 % | 1216 of 3795 |
 | 16 chips, 4 x 2 x 2, GPipe, fused  |  1.12 +  5.83     |  938 |   654 |  6 % |   1692 |    41 % | 2850 of 7313 |
-| 64 chips, 4 x 4 x 4, 1F1B in step  |  0.33 +  1.71     |  251 |   355 | 16 % |    719 |    24 % | 1376 of 3781 |
+| 64 chips, 4 x 4 x 4, 1F1B lockstep  |  0.33 +  1.71     |  251 |   355 | 16 % |    719 |    24 % | 1376 of 3781 |
 | 64 chips, 8 x 4 x 2, ZB-H1         |  0.33 + 12.95     |  502 |   411 | 34 % |   1385 |    25 % | 1136 of 3698 |
 
 Meshes are data x pipe x tensor, fully sharded, with sequence parallelism, AdamW, products in bfloat16, stages computed

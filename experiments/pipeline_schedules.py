@@ -1,17 +1,20 @@
 """Pipeline schedules: their pictures, their idle time predicted and measured, and their memory as microbatches grow.
 
-Claim: what devices of a pipeline keep is what the schedule's table says: of more microbatches GPipe keeps more, 1F1B,
-interleaved and ZB-H1 do not. The share of time in which they wait is shown beside the table's, which only the naive
-schedule has been measured to meet (benchmarks/RESULTS.md); of the others up to a tenth of a step more was lost.
+Claim: devices of a pipeline wait for as long as the schedule's table says, and keep what it says: of more microbatches
+GPipe keeps more, 1F1B, interleaved and ZB-H1 do not.
 
-Each step trains a transformer, blocks dealt to `devices`, one thread each. Measured is the share of a step's time by
-which it is longer than that of devices that each do a pipeline's work by themselves: `devices` copies of one stage,
-trained by the same executor and order, which send each other nothing. Steps of both, and of all numbers of
-microbatches, alternate, and of each the fastest counts. Forward pass, gradient of the input and gradient of the weights
-are taken to last equally long, as they have equally many products, and nearly do at this width (3.1, 2.9 and 2.7 ms);
-at a width of 128 they do not, and devices that exchange messages after every tick wait for the slowest. "free" lets
-each device go on as soon as it can, "lockstep" lets each tick last as long as its longest; with fused gradients these
-differ.
+Idle time is measured twice, as a share of a step's time:
+
+    steady        stages sleep for exactly `seconds` in each forward pass, gradient of the input and gradient of the
+                  weights, as devices of one speed would compute; the share of a step in which they do not sleep
+    transformer   blocks dealt to `devices`, one thread each; the share by which a step is longer than that of as many
+                  copies of one stage, trained by the same executor and order, which send each other nothing. Steps of
+                  both, and of all numbers of microbatches, alternate, and of each the fastest counts
+
+"free" lets each device go on as soon as it can, "lockstep" lets each tick last as long as its longest, as devices that
+exchange messages after every tick do; with fused gradients these differ. Both take the three to last equally long. Of
+the transformer they nearly do (at the default width 3.1, 2.9 and 2.7 ms; at a width of 128 they do not), and cores that
+others use as well differ by more.
 
 Source: Huang et al. 2018 (arXiv:1811.06965), Narayanan et al. 2021 (arXiv:2104.04473), Qi et al. 2023
 (arXiv:2401.10241).
@@ -24,16 +27,20 @@ what is measured, mean something only where `devices` cores have nothing else to
 import dataclasses
 import functools
 import os
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jfed import experiment, mesh, plot, report
 from jfed.parallel import schedules
+from jfed.parallel.layered import Functions, Layered, Parts
 from jfed.parallel.schedules import Schedule
 from jfed.parallel.sharded import on_mesh
 from jfed.parallel.transformer import transformer
@@ -58,21 +65,23 @@ class Config(experiment.Options):
     devices: int = 2  # p
     microbatches: tuple[int, ...] = (2, 4, 8, 16)  # m
     ways: tuple[str, ...] = tuple(WAYS)
-    layers: int = 1  # of a device
-    width: int = 512
+    layers: int = 2  # of a device
+    width: int = 384
     context: int = 16
     examples: int = 4  # in a microbatch
     steps: int = 40  # timed, of each program and seed
+    seconds: float = 0.05  # of each sleep
+    sleepy_steps: int = 3
 
 
-SMOKE = {"microbatches": (2,), "ways": ("1f1b", "gpipe_fused"), "width": 16, "context": 8, "steps": 3}
+SMOKE = {"microbatches": (2,), "ways": ("1f1b", "gpipe_fused"), "width": 16, "context": 8, "steps": 3, "seconds": 0.002}
 
 
 def main(config: Config) -> None:
     """Measures every schedule with every number of microbatches, then shows pictures and a table."""
     if odd := [way for way in config.ways if way not in WAYS]:
         raise ValueError(f"pipeline_schedules(ways={odd}): choose from {', '.join(WAYS)}.")
-    if not config.ways or not config.microbatches or min(config.steps, config.seeds) < 1:
+    if not config.ways or not config.microbatches or min(config.steps, config.sleepy_steps, config.seeds) < 1:
         raise ValueError("pipeline_schedules(): of ways, microbatches, steps and seeds there must be one at least.")
     # A device that waits shall not lend its core to one that does not; and the schedule for concurrency begins messages
     # where others still compute, so that devices work in turn.
@@ -99,12 +108,13 @@ def main(config: Config) -> None:
         whole.folder / "idle.png",
         {
             way: {
-                f"m = {m}": (100 * r["lockstep"], 100 * r["idle"]) for m, r in zip(config.microbatches, f, strict=True)
+                f"m = {m}": (100 * r["lockstep"], 100 * r["steady"])
+                for m, r in zip(config.microbatches, f, strict=True)
             }
             for way, f in chosen.items()
         },
         xlabel="idle share in lockstep, %",
-        ylabel="measured, %",
+        ylabel="measured of steady devices, %",
         title=f"Idle share of a step, {config.devices} devices",
     )
     rows = [
@@ -113,7 +123,8 @@ def main(config: Config) -> None:
             "microbatches": m,
             "idle, free": f"{result['free']:.3f}",
             "in lockstep": f"{result['lockstep']:.3f}",
-            "measured": f"{result['idle']:.3f}",
+            "steady": f"{result['steady']:.3f}",
+            "transformer": f"{result['idle']:.3f}",
             "a step": f"{1e3 * result['step']:.1f} ms",
             "kept": ", ".join(map(str, result["kept"])),
             "temporary memory": report.human_bytes(result["memory"]),
@@ -124,7 +135,7 @@ def main(config: Config) -> None:
     print(report.table(f"A step of a pipeline of {config.devices} devices", rows), "\n")
     print(f"pictures and metrics: {whole.folder}\n")
     all_found = {f"{way}_{m}": result for way in config.ways for m, result in results[way].items()}
-    timed = ("idle", "step", "alone")
+    timed = ("idle", "steady", "step", "alone")
     summary = {name: {k: v for k, v in result.items() if k not in timed} for name, result in all_found.items()}
     seconds = {name: {k: result[k] for k in timed} for name, result in all_found.items()}
     report.finish(whole, summary | {"seeds": config.seeds, "seconds": seconds})
@@ -147,6 +158,7 @@ def measured(config: Config, way: str) -> dict[str, dict[str, Any]]:
             "free": cost.bubble,
             "lockstep": cost.lockstep_bubble,
             "idle": 1 - alone / step,
+            "steady": steady(config, way, m),
             "kept": cost.activations.tolist(),
             "memory": programs[m, (1, p)][0].memory_analysis().temp_size_in_bytes,
             "step": step,
@@ -178,6 +190,55 @@ def program(config: Config, way: str, m: int, shape: tuple[int, int]) -> tuple[C
     compiled = jax.jit(method.round).lower(*all_given[0]).compile()
     jax.block_until_ready(compiled(*all_given[0]))
     return compiled, all_given
+
+
+def steady(config: Config, way: str, m: int) -> float:
+    """The measured idle share of devices that sleep in place of computing."""
+    p, sleep = config.devices, functools.partial(sleeping, seconds=config.seconds)
+
+    @jax.custom_vjp
+    def block(w, h):
+        return sleep(h) + w[None]
+
+    block.defvjp(lambda w, h: (block(w, h), None), lambda _, g: (sleep(2 * g).sum(0), sleep(g)))
+    schedule = WAYS[way](p, m)
+    stages = p * schedule.chunks
+    model = Layered(
+        init=lambda key: jax.random.normal(key, (stages, 1)),
+        split=lambda params: Parts((), params, ()),
+        join=lambda parts: parts.blocks,
+        specs=Parts((), PartitionSpec(), ()),
+        functions=lambda axes: Functions(lambda params, batch: batch, block, lambda params, h, batch: h[:, 0]),
+        check=lambda sizes: None,
+        layers=stages,
+    )
+    method = on_mesh(
+        model,
+        optax.sgd(0.01),
+        mesh=mesh.make((p,), ("pipe",)),
+        microbatches=m,
+        schedule=schedule,
+        recompute=False,
+    )
+    given = method.init(model.init(jax.random.key(0))), jax.numpy.ones((m, 1)), jax.random.key(1)
+    step, seconds = jax.jit(method.round).lower(*given).compile(), []
+    jax.block_until_ready(step(*given))
+    for _ in range(config.sleepy_steps):
+        begin = time.perf_counter()
+        jax.block_until_ready(step(*given))
+        seconds.append(time.perf_counter() - begin)
+    asleep = 3 * m * schedule.chunks * config.seconds
+    return 1 - asleep / statistics.median(seconds)
+
+
+def sleeping(x: jax.Array, seconds: float) -> jax.Array:
+    """The same array, so many seconds later."""
+
+    def later(x):
+        time.sleep(seconds)
+        return np.asarray(x)
+
+    return jax.pure_callback(later, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
 
 def said(schedule: Schedule) -> str:

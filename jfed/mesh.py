@@ -48,8 +48,8 @@ def use_cores(count: int | None = None) -> None:
     ones then wait for each other. With `sharded(mesh.make(), lanes(1))` each core trains its own
     clients. It does nothing to an accelerator, and must come before JAX has started.
 
-    In a loop of your own look at a result now and then: with more than a hundred rounds of several CPU devices under
-    way XLA waits for ever. `run.iterate` sees to that.
+    In a loop of your own look at a result now and then: with more than a hundred programs under way on several CPU
+    devices XLA hangs. `run.iterate` sees to that.
 
     Args:
       count: devices; by default as many as cores that this process may use, where JAX has not started.

@@ -9,7 +9,7 @@ place, so `jfed.run` drives it as it does federated ones.
 
     on_mesh                   a layered model over any mesh: data, pipe, tensor, sequence, expert, parameters cut or not
     transformer               such a model; `mixture_of_experts` for its feed-forward net
-    schedules                 pipelines as tables: naive, gpipe, one_f_one_b, interleaved, zb_h1, your own
+    schedules                 pipelines as tables: naive, GPipe, 1F1B in two forms, interleaved, ZB-H1, your own
     pipedream                 a pipeline that learns from every microbatch at once, with weight stashing
     hybrid                    convolutions data-parallel, dense layers model-parallel, in three schemes
     split_model               a federated cohort each of whose clients is several devices

@@ -28,7 +28,7 @@ class Placing(NamedTuple):
     mesh: Mesh
     axes: Axes
     batch_axes: tuple[str, ...]
-    share: int  # devices that examples are dealt to
+    holders: int  # devices that examples are dealt to
     parts_of_loss: tuple[str, ...]  # axes that a loss is summed over
     shapes: Parts  # jax.ShapeDtypeStructs of whole arrays
     specs: Parts  # PartitionSpecs
@@ -46,11 +46,12 @@ def of(where: str, model: Layered, mesh: Mesh, *, chunks: int, fully_sharded: bo
     if not isinstance(mesh, Mesh) or not set(mesh.axis_names) <= set(AXES):
         raise ValueError(f"{where}(mesh={mesh!r}): give a jfed.mesh.make(...) whose axes are among {', '.join(AXES)}.")
     sizes = dict(mesh.shape)
-    for name in set(Axes._fields) & set(mesh.axis_names) - set(model.axes):
-        raise ValueError(
-            f"{where}(mesh with an axis {name!r}): the model's own axes are {model.axes}; leave it out, or let a model "
-            "whose text communicates over it say so in `Layered.axes`."
-        )
+    for name in ("tensor", "sequence"):  # over "expert" a model without experts has other examples
+        if sizes.get(name, 1) > 1 and name not in model.axes:
+            raise ValueError(
+                f"{where}(mesh with an axis {name!r} of {sizes[name]}): the model's axes are {model.axes}; leave it "
+                "out, or say so in `Layered.axes` where the model's functions use it."
+            )
     model.check(sizes)
     if model.layers % (sizes.get("pipe", 1) * chunks):
         needed = sizes.get("pipe", 1) * chunks
@@ -79,9 +80,9 @@ def of(where: str, model: Layered, mesh: Mesh, *, chunks: int, fully_sharded: bo
 
     axes = Axes(**{name: name if name in sizes else None for name in Axes._fields})
     batch_axes = tuple(name for name in mesh.axis_names if name in BATCH)
-    share = math.prod(sizes[name] for name in batch_axes)
+    holders = math.prod(sizes[name] for name in batch_axes)
     parts_of_loss = tuple(name for name in mesh.axis_names if name in (*BATCH, "pipe"))
-    return Placing(mesh, axes, batch_axes, share, parts_of_loss, shapes, specs, cuts, parts_fn, params_fn)
+    return Placing(mesh, axes, batch_axes, holders, parts_of_loss, shapes, specs, cuts, parts_fn, params_fn)
 
 
 def table(where: str, mesh: Mesh, schedule: Any, microbatches: int, default: Callable) -> Schedule | None:
@@ -128,10 +129,10 @@ def check_batch(where: str, placing: Placing, batch: Tree, microbatches: int) ->
     if len(lengths) != 1 or None in lengths:
         raise ValueError(f"{where}(batch with leaves of lengths {lengths}): give leaves [B, ...] of one length B.")
     (length,) = lengths
-    parts = placing.share * microbatches
+    parts = placing.holders * microbatches
     if not length or length % parts:
         raise ValueError(
-            f"{where}(batch of {length}): the mesh's axes {placing.batch_axes} have {placing.share} devices, which "
+            f"{where}(batch of {length}): the mesh's axes {placing.batch_axes} have {placing.holders} devices, which "
             f"times {microbatches} microbatches must divide it; take a multiple of {parts}."
         )
     for tokens in {shape[1] for shape in shapes if len(shape) > 1}:
@@ -139,14 +140,14 @@ def check_batch(where: str, placing: Placing, batch: Tree, microbatches: int) ->
 
 
 def in_microbatches(placing: Placing, batch: Tree, microbatches: int) -> tuple[Tree, float]:
-    """A device's batch [B / share, ...] as [m, b, ...], and 1 / B."""
+    """A device's batch [B / holders, ...] as [m, b, ...], and 1 / B."""
     length = jax.tree.leaves(batch)[0].shape[0]
     batch = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
-    return batch, 1 / (length * placing.share)
+    return batch, 1 / (length * placing.holders)
 
 
 def mean_loss(placing: Placing, loss: jax.Array) -> jax.Array:
-    """Of all devices' shares."""
+    """The sum of what devices have of it."""
     return lax.psum(loss, placing.parts_of_loss) if placing.parts_of_loss else loss
 
 

@@ -177,7 +177,7 @@ def on_parts(loss: Callable, *, mesh: Mesh, specs: Tree) -> Callable:
 
     def checked(params: Tree, batch: Tree, key: jax.Array) -> jax.Array:
         _fits(params, specs, mesh)
-        return compiled(params, batch, key)  # JAX runs what leaves some axes to the compiler in programs only
+        return compiled(params, batch, key)  # under jit alone may axes be left to the compiler
 
     return checked
 

@@ -57,7 +57,7 @@ class Layered(NamedTuple):
     functions: Callable  # (Axes) -> Functions
     check: Callable  # (sizes) -> None; raises ValueError where an axis of the mesh does not divide a dimension
     layers: int  # L
-    axes: tuple[str, ...] = ()  # of "tensor", "sequence" and "expert", those that its text communicates over
+    axes: tuple[str, ...] = ()  # of "tensor", "sequence" and "expert", those that its functions can use
 
 
 def divides(where: str, sizes: Mapping[str, int], axis: str, **dimension: int) -> None:

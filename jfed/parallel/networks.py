@@ -133,7 +133,7 @@ def _network(where: str, names: list[str], kernels: list[tuple[int, ...]], input
         flat = len(input_shape) == 1 and math.prod(x.shape[1:]) == input_shape[0]
         if x.ndim < 2 or not (flat or x.shape[1:] == input_shape) or not jnp.issubdtype(x.dtype, jnp.floating):
             wanted = ", ".join(map(str, input_shape))
-            raise ValueError(f"{where}(x of shape {x.shape} and dtype {x.dtype}): give floats [B, {wanted}].")
+            raise ValueError(f"{where}(x of shape {x.shape} and dtype {x.dtype}): convert it to floats [B, {wanted}].")
         for name, layer in layers.items():
             if name.startswith("conv"):
                 x = _pool(jax.nn.relu(_conv(params[name], x, layer.split, axis_name)))

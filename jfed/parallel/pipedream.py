@@ -111,7 +111,7 @@ def pipedream(
         _placing.check_batch(where, placing, batch, microbatches)
         inner = specs_of(state.optimizer)
         # A device's share of each microbatch must lie together.
-        batch = jax.tree.map(lambda x: _dealt(x, microbatches, placing.share), batch)
+        batch = jax.tree.map(lambda x: _dealt(x, microbatches, placing.holders), batch)
         program = meshes.shard_map(
             mesh=mesh,
             in_specs=(placing.specs, inner, _placing.rows(placing, batch)),

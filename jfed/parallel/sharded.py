@@ -101,7 +101,7 @@ def on_mesh(
     optimizer = _workers.optimizer_of(where, "optimizer", optimizer)
     all_reduce = _workers.all_reduce_of(where, all_reduce)
     _validate.flags(where, fully_sharded=fully_sharded, recompute=recompute)
-    if np.ndim(fill) or not isinstance(fill, float | int | np.floating):
+    if np.ndim(fill) or np.asarray(fill).dtype.kind not in "fiu":
         raise ValueError(f"{where}(fill={fill!r}): give one number, such as 0.0 or float('nan').")
     table = _placing.table(where, mesh, schedule, microbatches, one_f_one_b)
     placing = _placing.of(where, model, mesh, chunks=1 if table is None else table.chunks, fully_sharded=fully_sharded)

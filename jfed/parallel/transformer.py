@@ -56,8 +56,8 @@ def transformer(
 
     Sent by a device in a step, over t devices of a tensor axis: a block sums 4 times b T H numbers, and once more where
     it is computed again for the gradient; enter and leave together sum b T H 2 times, and b T 3 times. With
-    `sequence_parallel` each sum is a gather and a scatter, and gradients of norms and biases, 6 H a block and 2 H
-    at the end, and of T H positions are summed besides.
+    `sequence_parallel` each sum is a gather and a scatter, computing again is two gathers and a scatter, and gradients
+    of norms and biases, 6 H a block and 2 H at the end, and of T H positions are summed besides.
 
     Args:
       vocabulary_size: V.
@@ -101,11 +101,14 @@ def transformer(
             f"{where}(width={width}): width must be a multiple of heads={heads}; "
             f"use width={-(-width // heads) * heads}."
         )
+    _validate.flags(where, sequence_parallel=sequence_parallel, overlap=overlap)
     if overlap and not sequence_parallel:
         raise ValueError(f"{where}(overlap=True): it is the messages of sequence_parallel that overlap; set that too.")
-    _validate.flags(where, sequence_parallel=sequence_parallel, overlap=overlap)
-    for name, value in {"attention": attention, "sequence_attention": sequence_attention}.items():
-        if value is not None and not callable(value):
+    for name, value in {
+        "attention": _attention if attention is None else attention,
+        "sequence_attention": sequence_attention,
+    }.items():
+        if not callable(value):
             raise ValueError(f"{where}({name}={value!r}): give a function of jfed.parallel, or leave it out.")
     if feed_forward is not None and not isinstance(feed_forward, FeedForward):
         raise ValueError(f"{where}(feed_forward={feed_forward!r}): give mixture_of_experts(...), or leave it out.")

@@ -20,7 +20,7 @@ from jfed.core import Algorithm, Population, Sampler, Tree
 from jfed.run.evaluation import Metrics, evaluate
 
 _AHEAD = 16
-"""Stretches that may be under way at once. With more than a hundred of several CPU devices XLA waits for ever."""
+"""Programs that may be under way at once. With more than a hundred on several CPU devices XLA hangs."""
 
 
 def scan_rounds(
@@ -77,7 +77,7 @@ def scan_rounds(
     if judge is not None and not jax.tree.leaves(examples):
         raise ValueError("scan_rounds(judge=..., examples=()): there is nothing to judge on; give examples.")
     program = _scan_in_place if donate else _scan
-    return program(algorithm, sampler, judge, report, rounds, every, population, state, key, start, examples)
+    return program(algorithm, sampler, judge, report, rounds, every, population, state, key, start, examples)[:2]
 
 
 def _scan_rounds(algorithm, sampler, judge, report, rounds, every, population, state, key, start, examples):
@@ -95,7 +95,7 @@ def _scan_rounds(algorithm, sampler, judge, report, rounds, every, population, s
 
     state, (metrics, judged) = jax.lax.scan(stretch, state, start + jnp.arange(0, rounds, every))
     metrics = jax.tree.map(lambda m: m.reshape(rounds, *m.shape[2:]), metrics)
-    return state, metrics if judge is None else metrics | {"judged": judged}
+    return state, metrics if judge is None else metrics | {"judged": judged}, start + rounds
 
 
 def keys_of_round(key: jax.Array, t: jax.Array) -> jax.Array:
@@ -134,6 +134,8 @@ def iterate(
 ) -> Iterator[Moment]:
     """Yields after every `every` rounds; what happens in between is yours.
 
+    It runs ahead of the device by 16 stretches at most.
+
     Args:
       algorithm: the method.
       sampler: `(population, key, t) -> Cohort`.
@@ -160,15 +162,15 @@ def iterate(
 
     def moments():
         # Else the first round's result, which lies on the mesh and has strong types, would call for a second program.
-        home = mesh.of((state, key, population))
+        program, home = _scan_in_place if donate else _scan, mesh.of((state, key, population))
         done, now, under_way = start, mesh.onto(state, home), collections.deque()
         while done < rounds:
             stretch = min(every - done % every, rounds - done)
-            now, metrics = scan_rounds(
-                algorithm, sampler, population, now, key, rounds=stretch, start=done, donate=donate
+            now, metrics, end = program(
+                algorithm, sampler, None, None, stretch, stretch, population, now, key, done, ()
             )
             done += stretch
-            under_way.append(metrics)
+            under_way.append(end)
             if len(under_way) > _AHEAD:
                 jax.block_until_ready(under_way.popleft())
             yield Moment(done, now, metrics)

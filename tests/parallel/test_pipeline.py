@@ -121,7 +121,7 @@ def test_memory_of_1f1b_is_flat_in_microbatches_and_gpipes_grows(recompute):
 
 def test_what_is_recomputed_is_not_kept():
     kept, again = (temporary_memory(schedules.one_f_one_b, 8, recompute) for recompute in (False, True))
-    h = 4 * 4 * 8 * 32  # bytes; four microbatches of the first stage keep at least qkv, the hidden units twice and h
+    h = 4 * 4 * 8 * 32  # bytes; four microbatches of the first stage keep at least qkv and hidden units, twice
     assert kept - again >= 4 * (3 + 4 + 4) * h
 
 
@@ -244,6 +244,13 @@ def test_permutes_inside_a_stage_are_refused(name, model):
     state = method.init(meshes.MODELS[model].init(meshes.KEY))
     with pytest.raises(ValueError, match="the model sends by permutes"):
         method.round(state, meshes.BATCH, meshes.KEY)
+
+
+def test_permutes_at_the_entrance_are_refused():
+    model = toy(jnp.float32, lambda params, batch: jax.lax.ppermute(batch["x"], "pipe", [(0, 1), (1, 0)]))
+    method = on_mesh(model, optax.sgd(1.0), mesh=mesh.make((2,), ("pipe",)), microbatches=2)
+    with pytest.raises(ValueError, match="the model sends by permutes"):
+        method.round(method.init(model.init(meshes.KEY)), {"x": jnp.zeros((4, 1))}, meshes.KEY)
 
 
 def test_pipedream_without_a_pipe_is_refused():

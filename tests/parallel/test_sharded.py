@@ -115,7 +115,7 @@ REFUSED = {
         "the table is of 4 devices and 4 microbatches",
     ),
     "no schedule": ({"pipe": 2}, {"schedule": 3, "microbatches": 2}, "give a function"),
-    "an axis that the model ignores": ({"sequence": 2}, {}, "mesh with an axis 'sequence'"),
+    "an axis that the model ignores": ({"sequence": 2}, {}, "mesh with an axis 'sequence' of 2"),
     "no flag": ({"data": 2}, {"recompute": "yes"}, "recompute must be True or False"),
     "no all-reduce": ({"data": 2}, {"all_reduce": "ring"}, r"all_reduce='ring'\): give a function"),
     "no number": ({"pipe": 2}, {"microbatches": 2, "fill": "nan"}, r"fill='nan'\): give one number"),

@@ -186,7 +186,7 @@ def test_inputs_of_another_shape_or_of_whole_numbers_are_refused(name):
     network, shape = NETWORKS[name]
     params = network.init(jax.random.key(0))
     for x in (jnp.zeros((*shape, 2)), jnp.zeros(shape, jnp.uint8)):
-        with pytest.raises(ValueError, match=r"give floats \[B, "):
+        with pytest.raises(ValueError, match=r"convert it to floats \[B, "):
             network.apply(params, x)
 
 

@@ -230,6 +230,11 @@ def of_a_block(functions, parts, h, batch):
     return functions.block(jax.tree.map(lambda x: x[0], parts.blocks), h)
 
 
+def of_a_block_again(functions, parts, h, batch):
+    one = jax.tree.map(lambda x: x[0], parts.blocks)
+    return jax.checkpoint(functions.block)(one, h)
+
+
 def of_the_exit(functions, parts, h, batch):
     return functions.leave(parts.leave, h, batch)
 
@@ -247,6 +252,9 @@ WHOLE_H, SHARED = 4 * B * T * 8, 4 * 8  # bytes of h, and of a parameter of its 
         (of_a_block, {}, 4 * WHOLE_H, 0, 0),
         (of_a_block, SPLIT, 4 * WHOLE_H + 6 * SHARED, 0, 0),  # norms' scales and biases, and two biases
         (of_a_block, OVERLAPPED, 4 * WHOLE_H + 6 * SHARED, 0, 8 * 3),
+        (of_a_block_again, {}, 5 * WHOLE_H, 0, 0),
+        (of_a_block_again, SPLIT, 4 * WHOLE_H + 6 * SHARED, 3 * WHOLE_H, 0),  # two gathers and a scatter
+        (of_a_block_again, OVERLAPPED, 4 * WHOLE_H + 6 * SHARED, 3 * WHOLE_H, 11 * 3),
         (of_the_exit, {}, WHOLE_H + 3 * 4 * B * T, 0, 0),
         (of_the_exit, SPLIT, WHOLE_H + 3 * 4 * B * T + 2 * SHARED, 0, 0),
         (of_the_entrance, {}, WHOLE_H, 0, 0),
@@ -267,6 +275,8 @@ def test_what_a_tensor_axis_sends_is_what_theory_says(function, options, reduced
         ({"overlap": True}, r"transformer\(overlap=True\): .* sequence_parallel"),
         ({"compute_dtype": jnp.int8}, r"transformer\(compute_dtype=.*int8"),
         ({"compute_dtype": "small"}, r"transformer\(compute_dtype='small'"),
+        ({"overlap": "no"}, r"transformer\(overlap='no'\): overlap must be True or False"),
+        ({"sequence_attention": None}, r"transformer\(sequence_attention=None\)"),
         ({"sequence_parallel": 1}, r"transformer\(sequence_parallel=1\)"),
         ({"attention": "flash"}, r"transformer\(attention='flash'\): give a function"),
         ({"feed_forward": 4}, r"transformer\(feed_forward=4\): give mixture_of_experts"),

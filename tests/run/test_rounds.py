@@ -50,6 +50,17 @@ def test_iterate_yields_the_same_run_in_stretches(every):
     problem.close(losses, metrics["loss"])
 
 
+def test_iterate_is_never_far_ahead_of_the_device(monkeypatch):
+    """Also of a method without metrics, and where what it has yielded is gone."""
+    waited = []
+    monkeypatch.setattr(rounds.jax, "block_until_ready", lambda end: waited.append(int(end)))
+    silent = METHOD._replace(round=lambda *given: (METHOD.round(*given)[0], {}))
+    state = jax.tree.map(jnp.copy, METHOD.init(PARAMS))
+    steps = run.iterate(silent, SAMPLER, POPULATION, state, KEY, rounds=40, every=2, donate=True)
+    for moment in steps:
+        assert waited == [2 * (i + 1) for i in range(max(0, moment.round // 2 - 16))]
+
+
 def test_iterate_takes_up_a_run_at_the_same_boundaries():
     moments = list(run.iterate(METHOD, SAMPLER, POPULATION, METHOD.init(PARAMS), KEY, rounds=8, start=3, every=4))
     assert [m.round for m in moments] == [4, 8]

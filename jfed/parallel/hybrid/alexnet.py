@@ -1,4 +1,7 @@
-"""The AlexNet, as a model of two parts."""
+"""The AlexNet, as a model of two parts.
+
+Source: Krizhevsky 2014 (arXiv:1404.5997), section 5.
+"""
 
 import functools
 from collections.abc import Callable
@@ -38,7 +41,8 @@ def alexnet(
       A `HybridModel`; 61,838,248 parameters, of which 3,207,104 in convolutions.
 
     Raises:
-      ValueError: if the image does not survive the pools, or a number is not positive.
+      ValueError: if the image does not survive the pools, a number is not positive, or `convolution` is no function;
+        when traced, if images have another shape.
 
     >>> shapes = jax.eval_shape(alexnet().init, jax.random.key(0))
     >>> print([sum(x.size for x in jax.tree.leaves(part)) for part in shapes])

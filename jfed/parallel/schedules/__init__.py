@@ -4,13 +4,15 @@ A model is cut into v p stages, dealt to p devices in turns, and a batch into m 
 microbatch forward, and later backward: the gradient of its input, which the stage before waits for, and that of its
 weights, which nothing waits for. Messages sent at the end of a tick can be used from the next on.
 
-    schedule       order on a device                              idle share (F = B = W, m >= p)     inputs kept
-    naive          a microbatch forward and back, then the next   1 - 1 / p                          1
-    gpipe          all forward, then all back                     2 (p - 1) / (3 m + 2 (p - 1))      m
-    one_f_one_b    back as soon as can be, one by one             2 (p - 1) / (3 m + 2 (p - 1))      p - r
-    interleaved    the same, with v small stages a device         2 (p - 1) / (3 v m + 2 (p - 1))    (v + 1) p - 2 r - 1
-    zb_h1          gradients of weights fill idle ticks           (p - 1) / (3 m + p - 1)            p
-    one_f_one_b_lockstep    all forward in a tick, or all back    (p - 1) / (m + p - 1)              2 (p - 1 - r) + 1
+    schedule                order on a device                     idle share (F = B = W)           inputs kept
+    naive                   one microbatch forward and back       1 - 1 / p                        1
+    gpipe                   all forward, then all back            2 (p - 1) / (3 m + 2 (p - 1))    m
+    one_f_one_b             back as soon as can be                2 (p - 1) / (3 m + 2 (p - 1))    p - r
+    one_f_one_b_lockstep    all forward in a tick, or all back    (p - 1) / (m + p - 1)            2 (p - r) - 1
+    interleaved             1F1B, v small stages a device         2 (p - 1) / (3 v m + 2 (p - 1))  (v + 1) p - 2 r - 1
+    zb_h1                   gradients of weights fill gaps        (p - 1) / (3 m + p - 1)          p
+
+These are of many microbatches, 2 p at least; each function says what holds of fewer.
 
 Both gradients at once, as `jax.vjp` has them, make one tick of two: `fused`. Devices that exchange messages after every
 tick wait for the slowest, and in a fused 1F1B some go forward while others go back, which takes longer; in

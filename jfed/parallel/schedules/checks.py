@@ -3,7 +3,8 @@
 import numpy as np
 
 from jfed import _validate
-from jfed.parallel.schedules.table import DOES, FORWARD, IDLE, INPUT_GRADIENT, NAMES, WEIGHT_GRADIENT, Schedule
+from jfed.parallel.schedules._timing import DOES
+from jfed.parallel.schedules.table import FORWARD, IDLE, INPUT_GRADIENT, NAMES, WEIGHT_GRADIENT, Schedule
 
 
 def check(schedule: Schedule) -> None:

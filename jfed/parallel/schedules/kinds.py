@@ -1,4 +1,13 @@
-"""Schedules of the literature, for any number of devices and microbatches."""
+"""Schedules of the literature, for any number of devices and microbatches, and one for devices in lockstep.
+
+Each is the order in which devices do what they do, made a table.
+
+Source: Huang et al. 2018 (arXiv:1811.06965), Narayanan et al. 2019 (doi:10.1145/3341301.3359646) and 2021
+(arXiv:2104.04473), Qi et al. 2023 (arXiv:2401.10241).
+
+Letters: p devices, r one of them, m microbatches, v chunks of the model on a device; F, B, W seconds of a stage's
+forward pass and of its gradients of input and weights.
+"""
 
 import numpy as np
 
@@ -77,7 +86,7 @@ def one_f_one_b(devices: int, microbatches: int) -> Schedule:
 
 
 def one_f_one_b_lockstep(devices: int, microbatches: int) -> Schedule:
-    """1F1B for devices that wait for each other every tick: in even ticks all go forward, in odd ones all back.
+    """1F1B for devices that wait for each other every tick: in each, all that work go forward, or all go back.
 
     A tick then lasts as long for all; of a fused 1F1B some go forward while others go back, which takes longer. There
     are no ticks in which nobody has anything to do.

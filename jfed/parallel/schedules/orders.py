@@ -1,12 +1,16 @@
-"""Schedules from the order in which each device does its ops, and from tables of your own."""
+"""Schedules from the order in which each device does its ops, and from tables of your own.
+
+Letters: p devices, m microbatches, v chunks of the model on a device, T ticks.
+"""
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from jfed import _validate
+from jfed.parallel.schedules._timing import DOES, timed
 from jfed.parallel.schedules.checks import check
-from jfed.parallel.schedules.table import DOES, IDLE, NAMES, Schedule, needs
+from jfed.parallel.schedules.table import IDLE, NAMES, Schedule
 
 
 def from_orders(orders: Iterable[Iterable[tuple]], *, chunks: int, microbatches: int) -> Schedule:
@@ -84,35 +88,3 @@ def from_table(op: Sequence, chunk: Sequence, microbatch: Sequence, *, chunks: i
     schedule = Schedule(*(table.astype(np.int32) for table in (op, chunk, microbatch)), chunks, microbatches)
     check(schedule)
     return schedule
-
-
-def timed(orders: list[list[tuple]], chunks: int, lasts: Sequence, message: float) -> tuple[list[list], dict]:
-    """When the ops of each device start, and when what they do is done, if each starts as soon as it can."""
-    p = len(orders)
-    starts: list[list] = [[] for _ in orders]
-    free, ends, moved = [0] * p, {}, True
-    while moved:
-        moved = False
-        for r, order in enumerate(orders):
-            while len(starts[r]) < len(order):
-                op, c, i = order[len(starts[r])]
-                stage = c * p + r
-                before = needs(op, stage, i, chunks * p)
-                if any(need not in ends for need in before):
-                    break
-                came = [ends[need] + (message if need[1] % p != r else 0) for need in before]
-                starts[r].append(max([free[r], *came]))
-                free[r] = starts[r][-1] + lasts[op]
-                ends |= {(done, stage, i): free[r] for done in DOES[op]}
-                moved = True
-    for r, order in enumerate(orders):
-        if len(starts[r]) < len(order):
-            op, c, i = order[len(starts[r])]
-            done, stage, _ = next(need for need in needs(op, c * p + r, i, chunks * p) if need not in ends)
-            there = any(done in DOES[other] and (d, j) == (stage // p, i) for other, d, j in orders[stage % p])
-            raise ValueError(
-                f"from_orders(orders[{r}]): device {r} waits for ever to do {NAMES[op]} of chunk {c}, microbatch {i}: "
-                f"it needs {NAMES[done]} of chunk {stage // p} on device {stage % p}; "
-                f"{'move that up, or this down' if there else 'put that in'}."
-            )
-    return starts, ends

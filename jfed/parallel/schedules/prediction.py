@@ -1,12 +1,17 @@
-"""Time, idle share and memory that a schedule's table foretells."""
+"""Time, idle share and memory that a schedule's table foretells.
+
+Letters: p devices, v chunks of the model on a device; F, B, W seconds of a stage's forward pass and of its gradients of
+input and weights.
+"""
 
 from typing import NamedTuple
 
 import numpy as np
 
 from jfed import _validate
+from jfed.parallel.schedules._timing import timed
 from jfed.parallel.schedules.checks import check
-from jfed.parallel.schedules.orders import timed, to_orders
+from jfed.parallel.schedules.orders import to_orders
 from jfed.parallel.schedules.table import BACKWARD, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Schedule
 
 
