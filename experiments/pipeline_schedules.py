@@ -8,8 +8,9 @@ Idle time is measured twice, as a share of a step's time:
     steady        stages sleep for exactly `seconds` in each forward pass, gradient of the input and gradient of the
                   weights, as devices of one speed would compute; the share of a step in which they do not sleep
     transformer   blocks dealt to `devices`, one thread each; the share by which a step is longer than that of as many
-                  copies of one stage, trained by the same executor and order, which send each other nothing. Steps of
-                  both, and of all numbers of microbatches, alternate, and of each the fastest counts
+                  copies of one stage, with an entrance and an exit each, trained by the same executor and order, which
+                  send each other the loss only. Steps of both, and of all numbers of microbatches, alternate, and of
+                  each the fastest counts
 
 "free" lets each device go on as soon as it can, "lockstep" lets each tick last as long as its longest, as devices that
 exchange messages after every tick do; with fused gradients these differ. Both take the three to last equally long. Of
@@ -20,6 +21,8 @@ Source: Huang et al. 2018 (arXiv:1811.06965), Narayanan et al. 2021 (arXiv:2104.
 (arXiv:2401.10241).
 
 Command: python experiments/pipeline_schedules.py
+Time: 17 minutes on two cores with nothing else to do; sleeps take a millisecond longer than said, so that longer ones
+(`--seconds 0.4`) come nearer the table.
 Expected: a table of idle shares and memory; schedules.png, idle.png and memory.png in the run's folder. Seconds, and so
 what is measured, mean something only where `devices` cores have nothing else to do.
 """
