@@ -78,8 +78,8 @@ def _prepare() -> None:
     """Lets CPU devices work at the same time, and wait for each other as long as it takes.
 
     XLA ends the process if one waits a minute at a sum over devices, as happens where another has a large client. Its
-    schedule for concurrency begins messages while there is work left that another device waits for, and keeps no order
-    among messages in a program that comes from the cache: devices of a pipeline then work in turn, or wait for ever.
+    schedule for concurrency begins messages while there is work left that another device waits for: devices of a pipeline
+    then work in turn.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     wanted = ["enable_concurrency_optimized_scheduler=false"]

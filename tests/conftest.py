@@ -7,8 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Tests compile hundreds of tiny programs and run each a few times.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-# Programs that come from the cache would not keep the order of messages that do not depend on each other, which differ
-# from device to device, and wait for one another for ever.
+# As `jfed.mesh` sets it: with it devices of a pipeline work in turn.
 os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 # Most of the time goes into compiling, so what was compiled is kept for the next run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/jfed-tests-{os.getuid()}")

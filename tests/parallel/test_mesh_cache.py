@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# Of several CPU devices XLA finishes no program if too many are under way, or if it orders messages for concurrency.
+# With more than a hundred programs under way on several CPU devices XLA hangs.
 TRAINED = """
 import collections
 
