@@ -78,8 +78,8 @@ def _prepare() -> None:
     """Lets CPU devices work at the same time, and wait for each other as long as it takes.
 
     XLA ends the process if one waits a minute at a sum over devices, as happens where another has a large client. Its
-    schedule for concurrency begins messages while there is work left that another device waits for: devices of a pipeline
-    then work in turn.
+    schedule for concurrency begins messages while there is work left that another device waits for, so that devices of
+    a pipeline work in turn.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     wanted = ["enable_concurrency_optimized_scheduler=false"]
