@@ -5,33 +5,33 @@ the byte; and a model of 1.3 billion parameters, too large for one chip, fits 16
 
 | 8 devices, of each             | held, MB | temporary, MB | sent, MB | theory | loss off one device |
 |--------------------------------|----------|---------------|----------|--------|---------------------|
-| one device                     |     5.25 |          96.3 |     0    | equal  |                     |
-| data                           |     5.25 |          10.5 |     3.06 | equal  |               2e-06 |
-| data, fully sharded            |     0.66 |          12.3 |     4.44 | equal  |               2e-06 |
-| tensor                         |     0.73 |          24.9 |    15.62 | equal  |               2e-06 |
-| tensor, sequence parallel      |     0.73 |          16.6 |    15.66 | equal  |               3e-06 |
-| the same, collective matmul    |     0.73 |          17.0 |    15.66 | equal  |               2e-06 |
-| sequence, ring attention       |     5.25 |           5.9 |    12.96 | equal  |               2e-06 |
+| one device                     |     5.25 |          95.2 |     0    | equal  |                     |
+| data                           |     5.25 |          10.2 |     3.06 | equal  |               2e-06 |
+| data, fully sharded            |     0.66 |          11.7 |     4.44 | equal  |               2e-06 |
+| tensor                         |     0.73 |          24.2 |    15.62 | equal  |               2e-06 |
+| tensor, sequence parallel      |     0.73 |          16.1 |    15.66 | equal  |               3e-06 |
+| the same, collective matmul    |     0.73 |          16.0 |    15.66 | equal  |               2e-06 |
+| sequence, ring attention       |     5.25 |           5.8 |    12.96 | equal  |               2e-06 |
 | sequence, zigzag attention     |     5.25 |           6.1 |    15.05 | equal  |               5e-07 |
-| sequence, all to all           |     5.25 |           6.5 |     4.90 | equal  |               3e-06 |
-| pipeline, GPipe                |     1.05 |          14.1 |     2.75 | equal  |               2e-06 |
-| pipeline, 1F1B                 |     1.05 |          13.9 |     2.75 | equal  |               2e-06 |
-| pipeline, ZB-H1                |     1.05 |          16.5 |     2.29 | equal  |               2e-06 |
-| data 2, pipe 2, tensor 2       |     1.46 |           6.3 |     3.74 | equal  |               1e-06 |
-| the same, fully sharded        |     0.74 |           6.2 |     7.81 | equal  |               3e-06 |
-| experts, on one device         |    27.28 |         151.7 |     0    | equal  |                     |
-| experts                        |     5.26 |          18.3 |     3.53 | equal  |                   0 |
+| sequence, all to all           |     5.25 |           6.4 |     4.90 | equal  |               3e-06 |
+| pipeline, GPipe                |     1.05 |          13.9 |     2.75 | equal  |               2e-06 |
+| pipeline, 1F1B                 |     1.05 |          13.7 |     2.75 | equal  |               2e-06 |
+| pipeline, ZB-H1                |     1.05 |          16.4 |     2.29 | equal  |               2e-06 |
+| data 2, pipe 2, tensor 2       |     1.46 |           5.8 |     3.74 | equal  |               1e-06 |
+| the same, fully sharded        |     0.74 |           6.0 |     7.81 | equal  |               3e-06 |
+| experts, on one device         |    27.28 |         147.7 |     0    | equal  |                     |
+| experts                        |     5.26 |          17.7 |     3.53 | equal  |                   0 |
 
 Held are parameters and Adam's moments, temporary what the compiled step needs besides; nothing is computed twice.
 Counted is the traced program, of pipelines on several axes the compiled one. Losses are of the fourth step.
 
 | TPU v5e, 1.345 B parameters        | memory a chip, GB | busy | waits | idle | a step | of peak | sends hidden |
 |------------------------------------|-------------------|------|-------|------|--------|---------|--------------|
-| 16 chips, 2 x 4 x 2, 1F1B lockstep  |  1.32 +  3.54     |  502 |   293 | 16 % | 944 ms |    36 % | 1420 of 3781 |
+| 16 chips, 2 x 4 x 2, 1F1B lockstep |  1.32 +  3.53     |  502 |   298 | 16 % | 951 ms |    36 % | 1376 of 3769 |
 | 16 chips, 2 x 4 x 2, ZB-H1         |  1.32 + 13.23     |  502 |   330 | 34 % |   1261 |    27 % | 1216 of 3795 |
-| 16 chips, 4 x 2 x 2, GPipe, fused  |  1.12 +  5.83     |  938 |   654 |  6 % |   1692 |    41 % | 2850 of 7313 |
-| 64 chips, 4 x 4 x 4, 1F1B lockstep  |  0.33 +  1.71     |  251 |   355 | 16 % |    719 |    24 % | 1376 of 3781 |
-| 64 chips, 8 x 4 x 2, ZB-H1         |  0.33 + 12.95     |  502 |   411 | 34 % |   1385 |    25 % | 1136 of 3698 |
+| 16 chips, 4 x 2 x 2, GPipe, fused  |  1.12 +  5.82     |  938 |   660 |  6 % |   1698 |    40 % | 2816 of 7313 |
+| 64 chips, 4 x 4 x 4, 1F1B lockstep |  0.33 +  1.71     |  251 |   354 | 16 % |    718 |    24 % | 1376 of 3769 |
+| 64 chips, 8 x 4 x 2, ZB-H1         |  0.33 + 12.93     |  502 |   411 | 34 % |   1385 |    25 % | 1136 of 3698 |
 
 Meshes are data x pipe x tensor, fully sharded, with sequence parallelism, AdamW, products in bfloat16, stages computed
 again for their gradients; a batch is 64 sequences of 1,024 tokens for each device along data. Memory of state and
