@@ -224,7 +224,6 @@ def schemes(devices: tuple[int, ...], names: list[str], sizes: dict[str, int], t
 def in_a_process(n: int, names: list[str], sizes: dict[str, int], turns: int) -> dict[str, dict[str, Any]]:
     """`measure` where there are so many devices, of one thread each."""
     flags = f"--xla_force_host_platform_device_count={n} --xla_cpu_multi_thread_eigen=false"
-    flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # else devices of a pipeline work in turn
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, "--child", json.dumps([names, sizes, turns])]
     output = subprocess.run(command, capture_output=True, text=True, env=env)

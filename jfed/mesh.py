@@ -57,7 +57,7 @@ def use_cores(count: int | None = None) -> None:
     Raises:
       ValueError: if `count` is not a whole number of at least 1, or JAX has started with another number.
     """
-    _prepare()
+    _be_patient()
     if count is not None:
         _validate.at_least_one("use_cores", "count", count, "leave it out to use every core")
     elif "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
@@ -74,20 +74,15 @@ def use_cores(count: int | None = None) -> None:
             ) from None
 
 
-def _prepare() -> None:
-    """Lets CPU devices work at the same time, and wait for each other as long as it takes.
+def _be_patient() -> None:
+    """Lets a CPU device wait for another as long as it takes.
 
-    XLA ends the process if one waits a minute at a sum over devices, as happens where another has a large client. Its
-    schedule for concurrency begins messages while there is work left that another device waits for, so that devices of
-    a pipeline work in turn.
+    XLA ends the process if one waits a minute at a sum over devices, as happens where another has a large client.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    wanted = ["enable_concurrency_optimized_scheduler=false"]
-    if jax.__version_info__ >= (0, 10):  # older ones know no such flag
+    if jax.__version_info__ >= (0, 10) and "collective_call_terminate" not in flags:  # older ones know no such flag
         waits = "warn_stuck_timeout_seconds=3600", "terminate_timeout_seconds=86400"
-        wanted += [f"collective_call_{wait}" for wait in waits]
-    added = [f"--xla_cpu_{flag}" for flag in wanted if f"--xla_cpu_{flag.split('=')[0]}" not in flags]
-    os.environ["XLA_FLAGS"] = " ".join([flags, *added]).strip()
+        os.environ["XLA_FLAGS"] = " ".join([flags, *(f"--xla_cpu_collective_call_{wait}" for wait in waits)]).strip()
 
 
 def devices_along(where: str, mesh: Mesh, axis: str) -> int:

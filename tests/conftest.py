@@ -7,8 +7,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Tests compile hundreds of tiny programs and run each a few times.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-# As `jfed.mesh` sets it: with it devices of a pipeline work in turn.
-os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 # Most of the time goes into compiling, so what was compiled is kept for the next run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/jfed-tests-{os.getuid()}")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

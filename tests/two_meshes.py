@@ -9,7 +9,6 @@ import jax
 
 if __name__ == "__main__":  # before anything makes an array
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     jax.config.update("jax_platforms", "cpu")
     jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
 

@@ -1,4 +1,4 @@
-"""A program that JAX's cache has kept runs as one that has just been compiled."""
+"""What users run on CPU devices: many steps, out of JAX's cache, as `mesh.use_cores` sets XLA up."""
 
 import os
 import subprocess
@@ -50,3 +50,36 @@ def test_many_steps_in_three_dimensions_out_of_the_cache_are_those_that_were_com
     (first, *trained), (again, *loaded) = said
     assert int(first) == 0 < int(again)
     assert trained == loaded
+
+
+# Without an order of messages a device enters the next gathering while others are in the one before, and XLA aborts.
+OPTIMIZED = """
+from jfed import mesh
+
+mesh.use_cores(8)
+import jax
+import numpy as np
+import optax
+
+from jfed.parallel import on_mesh, transformer
+
+model = transformer(512, width=128, layers=16, heads=8, context=128)
+tokens = np.random.default_rng(0).integers(0, 512, (16, 129)).astype(np.int32)
+batch, found = {"x": tokens[:, :-1], "y": tokens[:, 1:]}, []
+for shape in (8,), (1,):
+    method = on_mesh(model, optax.adamw(1e-3), mesh=mesh.make(shape, ("data",)), fully_sharded=True)
+    state, step = method.init(model.init(jax.random.key(0))), jax.jit(method.round)
+    for _ in range(3):
+        state, metrics = step(state, batch, jax.random.key(1))
+        found.append(float(metrics["loss"]))
+np.testing.assert_allclose(found[:3], found[3:], rtol=1e-4)
+"""
+
+
+@pytest.mark.slow
+def test_optimized_programs_of_many_gatherings_run_on_cpu_devices():
+    unset = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    env = {name: value for name, value in os.environ.items() if name not in unset}
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", OPTIMIZED], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
