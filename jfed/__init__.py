@@ -8,6 +8,7 @@
     parallel    training over devices
     aggregate   one message out of many, some of them malicious
     algorithms  the methods
+    gossip      peers with no server
     sampling    who takes part in a round
     availability                                stragglers, absence, growing data, simulated time
     data        populations, partitions, sets
@@ -35,6 +36,7 @@ _MODULES = (
     "core",
     "data",
     "experiment",
+    "gossip",
     "launch",
     "ledger",
     "local",

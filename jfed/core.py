@@ -49,6 +49,7 @@ class Traffic(NamedTuple):
     ids: jax.Array  # [C] int32, as in the cohort
     up: jax.Array  # [C] uint32, sent by the client; float32 from 2 GiB on
     down: jax.Array  # [C] uint32, sent to the client; float32 from 2 GiB on
+    edges: Tree = ()  # of peers: [S, C], what each heard in each slot of its topology
 
 
 Sampler = Callable[[Population, jax.Array, jax.Array], Cohort]

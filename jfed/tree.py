@@ -105,3 +105,14 @@ def nbytes(tree: Tree) -> int:
     29
     """
     return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def count_bytes(nbytes: int, whom: jax.Array) -> jax.Array:
+    """Bytes of a message for each client of `whom` [C] that it went to or came from; two such may be added."""
+    count = number_of_bytes(nbytes)
+    return jnp.where(whom, count, jnp.zeros((), count.dtype))
+
+
+def number_of_bytes(nbytes: int) -> np.generic:
+    """As it is counted: uint32, exact, below 2 GiB, then float32."""
+    return np.uint32(nbytes) if nbytes < 2**31 else np.float32(nbytes)

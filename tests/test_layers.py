@@ -14,9 +14,12 @@ TOP = {"run", "experiment", "checkpoint", "report", "ledger", "plot", "launch", 
 MAY_IMPORT = (
     {room: GROUND | {room} for room in GROUND | FIRST}
     | {"collectives": GROUND | {"compress", "collectives"}}
-    | {room: GROUND | FIRST | {"collectives", room} for room in ("algorithms", "parallel")}
+    | {room: GROUND | FIRST | {"collectives", room} for room in ("algorithms", "gossip", "parallel")}
     | {room: GROUND | {room} for room in ("data", "models")}
-    | {room: GROUND | FIRST | TOP | {"algorithms", "collectives", "parallel", "data", "models"} for room in TOP}
+    | {
+        room: GROUND | FIRST | TOP | {"algorithms", "collectives", "gossip", "parallel", "data", "models"}
+        for room in TOP
+    }
 )
 FILES = sorted(path for path in HOUSE.rglob("*.py") if path != HOUSE / "__init__.py")
 files = pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(HOUSE)) for path in FILES])
@@ -46,7 +49,7 @@ def test_a_room_imports_only_rooms_below_it(path):
 
 @files
 def test_the_lower_floors_need_only_jax_optax_and_numpy(path):
-    if room_of(path) in GROUND | FIRST | {"algorithms", "collectives", "parallel"}:
+    if room_of(path) in GROUND | FIRST | {"algorithms", "collectives", "gossip", "parallel"}:
         outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
         assert outside <= {"jfed", "jax", "optax", "numpy"}
 

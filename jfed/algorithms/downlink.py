@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jfed import _streams, _validate, compress, tree
-from jfed.algorithms.federated import FederatedState, number_of_bytes
+from jfed.algorithms.federated import FederatedState
 from jfed.compress.feedback import EF21State
 from jfed.core import Algorithm, Cohort, Tree
 
@@ -77,9 +77,9 @@ def compressed_downlink(
         cohort = cohort._replace(weight=jnp.where(here | (cohort.weight == 0), cohort.weight, jnp.nan))
         model, metrics = algorithm.round(state.model._replace(known=sender.known), cohort, key)
 
-        traffic, dense = metrics["traffic"], number_of_bytes(tree.nbytes(w))
-        model_bytes = dense if whole is None else number_of_bytes(_size(whole, w))
-        change = number_of_bytes(compress.nbytes(message))
+        traffic, dense = metrics["traffic"], tree.number_of_bytes(tree.nbytes(w))
+        model_bytes = dense if whole is None else tree.number_of_bytes(_size(whole, w))
+        change = tree.number_of_bytes(compress.nbytes(message))
         held = jnp.where(here, tree.take(state.held, cohort.ids), -1)
         missed = (t + 1 - held).astype(change.dtype)
         # Compared before they are multiplied, which might be more than uint32 holds.

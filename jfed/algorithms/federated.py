@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jfed import _streams, _validate, compress, tree
@@ -229,8 +228,8 @@ def federated(
             "steps": jnp.sum(clients.steps),
             "traffic": Traffic(
                 cohort.ids,
-                up=count_bytes(tree.nbytes(sent), cohort.weight != 0),
-                down=count_bytes(tree.nbytes((shared.params, shared.extra)), cohort.size > 0),
+                up=tree.count_bytes(tree.nbytes(sent), cohort.weight != 0),
+                down=tree.count_bytes(tree.nbytes((shared.params, shared.extra)), cohort.size > 0),
             ),
         }
         return FederatedState(*after, **everyone, round=state.round + 1, known=state.known), metrics
@@ -240,14 +239,3 @@ def federated(
 
 def _same(tree: Tree) -> Tree:
     return tree
-
-
-def count_bytes(nbytes: int, whom: jax.Array) -> jax.Array:
-    """Bytes of a message for each client of `whom` [C] that it went to or came from; two such may be added."""
-    count = number_of_bytes(nbytes)
-    return jnp.where(whom, count, jnp.zeros((), count.dtype))
-
-
-def number_of_bytes(nbytes: int) -> np.generic:
-    """As it is counted: uint32, exact, below 2 GiB, then float32."""
-    return np.uint32(nbytes) if nbytes < 2**31 else np.float32(nbytes)

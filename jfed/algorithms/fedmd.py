@@ -17,7 +17,6 @@ import optax
 from jfed import _streams, tree
 from jfed.algorithms._kinds import ByKind, Kind, check, init_of, only, public_rows, together, train
 from jfed.algorithms._work import same, specialised
-from jfed.algorithms.federated import count_bytes
 from jfed.clients import lanes
 from jfed.core import Algorithm, ClientWork, Cohort, Shared, Traffic, Tree
 
@@ -134,8 +133,8 @@ def fedmd(
             s, m = algorithm.round(s._replace(server=taught), part, key)
             after.append(s._replace(server=()))
             sent = tree.nbytes(taught["scores"])
-            up = count_bytes(sent, part.weight != 0)
-            down = count_bytes(sent + tree.nbytes(rows), part.size > 0)
+            up = tree.count_bytes(sent, part.weight != 0)
+            down = tree.count_bytes(sent + tree.nbytes(rows), part.size > 0)
             metrics.append(m | {"traffic": Traffic(cohort.ids, up, down)})
         return ByKind(tuple(after)), together(metrics)
 

@@ -15,7 +15,7 @@ import optax
 
 from jfed import tree
 from jfed.algorithms._work import optimizer_of, remade, scaled, specialised, whole_of
-from jfed.algorithms.federated import FederatedState, count_bytes
+from jfed.algorithms.federated import FederatedState
 from jfed.clients import lanes
 from jfed.core import Algorithm, ClientWork, Cohort, Shared
 from jfed.local.gradients import mean_of
@@ -111,7 +111,7 @@ def mime(work: ClientWork, **options) -> Algorithm:
     def round_fn(state: FederatedState, cohort: Cohort, key: jax.Array) -> tuple[FederatedState, dict]:
         after, metrics = whole_round.round(state, cohort, key)
         traffic = metrics["traffic"]
-        gradient = count_bytes(tree.nbytes(state.params), cohort.weight != 0)  # before c is known
+        gradient = tree.count_bytes(tree.nbytes(state.params), cohort.weight != 0)  # before c is known
         return after, metrics | {"traffic": traffic._replace(up=traffic.up + gradient)}
 
     return whole_round._replace(round=round_fn)

@@ -9,7 +9,8 @@ depend on which is used, up to the order of float additions.
 from jfed.clients.dealt import dealt
 from jfed.clients.lanes import lanes
 from jfed.clients.sharded import sharded
+from jfed.clients.stationary import stationary
 from jfed.clients.vectorised import vectorised
 from jfed.clients.width import Explanation, explain
 
-__all__ = ["Explanation", "explain", "dealt", "lanes", "sharded", "vectorised"]
+__all__ = ["Explanation", "explain", "dealt", "lanes", "sharded", "stationary", "vectorised"]

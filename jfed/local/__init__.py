@@ -12,7 +12,7 @@ example, so that short batches are weighted exactly; it must not mix the example
 
 from jfed.local.gradients import Batch, Gradient, Loss, Sums, client_rows
 from jfed.local.links import add, proximal, scale_by_round
-from jfed.local.training import Carry, full_batch, gradient, sgd
+from jfed.local.training import Carry, full_batch, gradient, sgd, stochastic_gradient
 
 __all__ = [
     "Batch",
@@ -27,4 +27,5 @@ __all__ = [
     "proximal",
     "scale_by_round",
     "sgd",
+    "stochastic_gradient",
 ]

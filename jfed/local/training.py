@@ -171,6 +171,56 @@ def gradient(loss: Loss, *, chunk_size: int = 64) -> ClientWork:
     )
 
 
+def stochastic_gradient(loss: Loss, *, batch_size: int) -> ClientWork:
+    """The mean gradient at the model over examples drawn without replacement, and no training: one step a round.
+
+    What it keeps is the gradient itself, for whoever descends it: a server, or a peer with an optimizer of its own that
+    stays from round to round. A client of fewer than B examples takes all. Asked for more steps, it averages over as
+    many batches, which are an epoch's.
+
+    Args:
+      loss: `(params, batch, key) -> [B]`.
+      batch_size: examples, B.
+
+    Raises:
+      ValueError: if `batch_size` is not a whole number of at least 1.
+
+    >>> work = stochastic_gradient(lambda w, x, key: (w - x) ** 2, batch_size=2)
+    >>> print(work.steps(jnp.array([4, 5, 0])))
+    [1 1 1]
+    """
+    _validate.at_least_one("stochastic_gradient", "batch_size", batch_size, "32 is usual; gradient uses every example")
+    sums = of_loss(loss)
+
+    def start_fn(shared: Shared, client: Cohort) -> Carry:
+        order = shuffle.draw(jax.random.fold_in(shared.key, client.ids))
+        return Carry(shared.params, (), order, _nothing(shared), jnp.zeros(()), jnp.zeros(()))
+
+    def step_fn(shared: Shared, client: Cohort, carry: Carry, t: jax.Array) -> Carry:
+        batches = num_batches(client.size, batch_size)
+        place, real = places(client.size, t % batches, batch_size)
+        row = client.start + shuffle.position(carry.order, place, client.size, epoch=t // batches)
+        key = jax.random.fold_in(jax.random.fold_in(shared.key, client.ids), t)
+        batch = Batch(tree.take(shared.examples, row), real, key)
+        met = sums(shared, client, carry.params, lambda ahead: batch)
+        return carry._replace(
+            so_far=jax.tree.map(jnp.add, carry.so_far, met),
+            loss=carry.loss + met.loss,
+            examples=carry.examples + met.examples,
+        )
+
+    def finish_fn(shared: Shared, client: Cohort, carry: Carry) -> tuple[Tree, Tree]:
+        return _mean(carry.so_far, shared.params), {"loss": carry.loss, "examples": carry.examples}
+
+    return ClientWork(
+        steps=lambda size: jnp.ones_like(jnp.asarray(size)),
+        start=start_fn,
+        step=step_fn,
+        finish=finish_fn,
+        whole=whole(sums, batch_size),
+    )
+
+
 def _ahead(key: jax.Array, steps: int) -> jax.Array:
     return jax.random.fold_in(key, steps) if steps else key
 

@@ -5,13 +5,14 @@ Letters: N clients in the population, E examples, B examples at once.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jfed import _validate, tree
 from jfed.clients import lanes
-from jfed.core import ClientMap, ClientWork, Population, Shared, Tree, make_cohort
+from jfed.core import Algorithm, ClientMap, ClientWork, Population, Shared, Tree, make_cohort
 from jfed.local import client_rows
 
 Metrics = Callable[[Tree, Tree], dict[str, tuple[jax.Array, jax.Array]]]
@@ -92,6 +93,60 @@ def evaluate_clients(
     shared = Shared(params, cohort.examples, key=jax.random.key(0), round=jnp.zeros((), jnp.int32))
     sums, _ = client_map(work, shared, cohort._replace(examples=()))
     return _means(sums)
+
+
+class Scores(NamedTuple):
+    """One metric of all peers' models on the same examples."""
+
+    each: jax.Array  # [n], of each peer's own model
+    mean: jax.Array  # [] over peers
+    lowest: jax.Array  # []
+    highest: jax.Array  # []
+    spread: jax.Array  # [] standard deviation over peers
+    averaged: jax.Array  # [] of the average of all models, which nobody has
+
+
+@functools.partial(jax.jit, static_argnames=("metrics", "algorithm", "batch_size", "client_map"))
+def evaluate_peers(
+    metrics: Metrics,
+    algorithm: Algorithm,
+    state: Tree,
+    examples: Tree,
+    *,
+    batch_size: int = 256,
+    client_map: ClientMap | None = None,
+) -> dict[str, Scores]:
+    """The metrics of every peer's own model on one set of examples, and of the average of all models.
+
+    Where there is no server there is no model but peers' own, so those count; what their average scores, which is
+    often better, tells how much is lost to their disagreement. On examples of each peer's own, take `evaluate_clients`
+    with `personal=algorithm.personal`.
+
+    Args:
+      metrics: `(params, batch) -> {name: (total [B], count [B])}`.
+      algorithm: of `jfed.gossip`, or another whose clients have models of their own.
+      state: its state, whose `params` has leaves [n, ...].
+      examples: leaves [E, ...].
+      batch_size: examples at once; it does not change the result.
+      client_map: how many models are judged at once; by default `lanes(16)`.
+
+    Returns:
+      `{name: Scores}`.
+
+    Raises:
+      ValueError: if the algorithm has no models of clients' own, or `batch_size` is not a whole number of at least 1.
+    """
+    if algorithm.personal is None:
+        raise ValueError("evaluate_peers(algorithm): its clients have no models of their own; use run.evaluate.")
+    n = jax.tree.leaves(state.params)[0].shape[0]
+    size = jax.tree.leaves(examples)[0].shape[0]
+    everyone = Population(examples, jnp.zeros(n, jnp.int32), jnp.full(n, size, jnp.int32))
+    options = {"batch_size": batch_size, "client_map": client_map}
+    each = evaluate_clients(metrics, state, everyone, personal=algorithm.personal, **options)
+    averaged = evaluate(metrics, algorithm.params(state), examples, batch_size=batch_size)
+    return {
+        name: Scores(x, jnp.mean(x), jnp.min(x), jnp.max(x), jnp.std(x), averaged[name]) for name, x in each.items()
+    }
 
 
 @functools.partial(jax.jit, static_argnames=("metrics", "work", "steps", "batch_size", "client_map", "personal"))

@@ -74,7 +74,8 @@ def from_matrix(matrix: np.ndarray | Sequence, *, name: str = "matrix") -> Topol
             "and at least 0."
         )
     if _off(w.sum(2)) and _off(w.sum(1)):
-        raise ValueError(_complaint("from_matrix(matrix)", "row", w.sum(2)) + " (nor do the columns); divide each row by its sum.")
+        rows = _complaint("from_matrix(matrix)", "row", w.sum(2))
+        raise ValueError(f"{rows} (nor do the columns); divide each row by its sum.")
     rounds = [permutations_of(one != 0) for one in w]
     return of_slots(
         name, np.einsum("tii->ti", w), rounds, [w[t][np.arange(w.shape[1]), source] for t, source in enumerate(rounds)]
@@ -189,6 +190,21 @@ def check_columns(where: str, topology: Topology) -> None:
         raise ValueError(
             _complaint(f"{where}(topology={topology.name!r})", "column", sums)
             + "; take weights such as topology.metropolis, or topology.push for directed graphs."
+        )
+
+
+def check_keeps(where: str, topology: Topology) -> None:
+    """Refuses weights by which a peer keeps nothing of its own.
+
+    Raises:
+      ValueError: naming the peer.
+    """
+    bad = np.argwhere(topology.own <= 0)
+    if bad.size:
+        t, i = bad[0]
+        raise ValueError(
+            f"{where}(topology={topology.name!r}): peer {i}{_when(topology.own, t)} gives its own model no weight; "
+            "take topology.push, or topology.lazy(topology)."
         )
 
 

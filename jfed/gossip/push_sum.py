@@ -1,0 +1,81 @@
+"""Stochastic gradient push: D-PSGD on directed graphs (Assran et al. 2019, arXiv:1811.10792, Algorithm 1).
+
+    z = x / w;    x <- P (x - eta g(z));    w <- P w
+
+A peer splits what it has over those it reaches, as it likes: only columns of P add up to 1. Then x comes to be the mean
+times a factor that w, which travels along and began as 1, has come to be as well; z, the quotient, is the peer's model.
+
+Letters of the paper: P the mixing matrix, x what is sent, w the push-sum weight, z = x / w.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jfed.core import Algorithm, ClientWork
+from jfed.gossip import mix
+from jfed.gossip.decentralised import PeersState, decentralised, plus
+from jfed.gossip.mix import column
+from jfed.gossip.topology import graph
+
+
+def push_sum(work: ClientWork | None, topology: graph.Topology, *, lost: mix.Lost = mix.mass_returned, **options):
+    """SGP; with `work=None` push-sum averaging alone (Kempe et al. 2003).
+
+    What is lost on its way takes its weight along, so peers still hold means of models, of which some count less.
+    `state.params` is x; `algorithm.personal` and `algorithm.params` are made of z.
+
+    Args:
+      work: as in `dpsgd`.
+      topology: columns must add up to 1, such as those of `topology.push`; own weights must be above 0.
+      lost: what replaces a message that did not come; by default nothing does.
+      **options: those of `decentralised`.
+
+    Raises:
+      ValueError: if a column does not add up to 1, or a peer keeps nothing of its own.
+    """
+    graph.check_columns("push_sum", topology)
+    graph.check_keeps("push_sum", topology)
+
+    def before(net, x, memory):
+        return x, _quotient(x, memory)
+
+    def step(net, x, g, optimizer, w):
+        updates, optimizer = net.descend(g)
+        sent = net.mix({"model": plus(x, updates), "weight": w})
+        return sent["model"], optimizer, sent["weight"]
+
+    return decentralised(
+        "push_sum",
+        work,
+        topology,
+        before=before,
+        step=step,
+        memory=lambda params: jnp.ones(graph.peers(topology)),
+        model=_quotient,
+        lost=lost,
+        **options,
+    )
+
+
+def biased_push(work: ClientWork | None, topology: graph.Topology, **options) -> Algorithm:
+    """Push-sum without its weights, to see what they are for: where rows do not add up to 1, it agrees on no mean.
+
+    Args:
+      work: as in `push_sum`.
+      topology: as in `push_sum`.
+      **options: those of `push_sum`.
+
+    Raises:
+      ValueError: as `push_sum`.
+    """
+    algorithm = push_sum(work, topology, **options)
+
+    def round_fn(state: PeersState, cohort, key):
+        new, metrics = algorithm.round(state, cohort, key)
+        return new._replace(memory=jnp.ones_like(new.memory)), metrics
+
+    return algorithm._replace(round=round_fn)
+
+
+def _quotient(x, w):
+    return jax.tree.map(lambda x: (x / (column(w, x) if jnp.ndim(w) else w)).astype(x.dtype), x)
