@@ -42,7 +42,7 @@ def lost_messages(sampler: Sampler, rate: float) -> Sampler:
     return _hearing(sampler, hears)
 
 
-def failed_links(sampler: Sampler, rate: float, *, rounds: int = 1) -> Sampler:
+def failed_links(sampler: Sampler, rate: float, *, rounds: int = 1, seed: int = 0) -> Sampler:
     """Each link, both ways of it, is down with probability `rate`, for `rounds` rounds on end.
 
     The mixing matrix then stays symmetric, as peers take their own models in the place of what they do not hear.
@@ -51,6 +51,7 @@ def failed_links(sampler: Sampler, rate: float, *, rounds: int = 1) -> Sampler:
       sampler: draws the cohort.
       rate: in [0, 1].
       rounds: after so many it is drawn anew whether a link is up.
+      seed: which links fail, where that lasts for several rounds; the run's key has no say in it then.
 
     Raises:
       ValueError: if `rate` is not in [0, 1], or `rounds` not a whole number of at least 1.
@@ -59,8 +60,8 @@ def failed_links(sampler: Sampler, rate: float, *, rounds: int = 1) -> Sampler:
     _validate.at_least_one("failed_links", "rounds", rounds, "1 draws anew in every round")
 
     def hears(key, t, hearer, speaker, n):
-        # The key of a round is its own; that of a stretch of rounds is the first word of nobody's but its number.
-        key = key if rounds == 1 else jax.random.fold_in(jax.random.key(0), t // rounds)
+        # The key is that of a round: what outlasts it must be drawn from something else.
+        key = key if rounds == 1 else jax.random.fold_in(jax.random.key(seed), t // rounds)
         return _at(key, jnp.minimum(hearer, speaker) * n + jnp.maximum(hearer, speaker)) >= rate
 
     return _hearing(sampler, hears)

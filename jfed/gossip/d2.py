@@ -3,17 +3,19 @@
     x^1     = W (x^0 - eta g^0)
     x^{t+1} = W (2 x^t - x^{t-1} - eta (g^t - g^{t-1}))
 
-The difference of two steps takes the place of a step, so that at rest gradients cancel over peers and not at each.
+The difference of two steps takes the place of a step, so that at rest gradients cancel over peers and not at each. With
+`c^t = x^t - x^{t-1} - u^{t-1}`, u = -eta g, and `z^t = x^t + u^t + c^t` this reads
 
-Letters: W the mixing matrix, x a peer's model, u = -eta g its update.
+    x^{t+1} = W z^t,   c^{t+1} = c^t + (x^{t+1} - z^t)
+
+in which rounding errors do not add up: as peers come to agree the bracket goes to 0.
+
+Letters: W the mixing matrix, x a peer's model, u its update, c its correction.
 """
-
-import jax
-import jax.numpy as jnp
 
 from jfed import tree
 from jfed.core import Algorithm, ClientWork
-from jfed.gossip.decentralised import decentralised
+from jfed.gossip.decentralised import decentralised, minus, plus
 from jfed.gossip.topology import graph, measures
 
 
@@ -42,20 +44,16 @@ def d2(work: ClientWork, topology: graph.Topology, **options) -> Algorithm:
 
     def step(net, x, g, optimizer, memory):
         updates, optimizer = net.descend(g)
-        updates = tree.select(net.trained, updates, memory["update"])
-        first = net.round == 0
-
-        def ahead(x, old, u, old_u):
-            return jnp.where(first, x + u, 2 * x - old + u - old_u).astype(x.dtype)
-
-        moved = jax.tree.map(ahead, x, memory["model"], updates, memory["update"])
-        return net.mix(moved), optimizer, {"model": x, "update": updates}
+        u = tree.select(net.trained, updates, memory["update"])
+        ahead = plus(x, u, memory["correction"])
+        new = net.mix(ahead)
+        return new, optimizer, {"correction": plus(memory["correction"], minus(new, ahead)), "update": u}
 
     return decentralised(
         "d2",
         work,
         topology,
         step=step,
-        memory=lambda params: {"model": params, "update": tree.zeros(params)},
+        memory=lambda params: {"correction": tree.zeros(params), "update": tree.zeros(params)},
         **options,
     )

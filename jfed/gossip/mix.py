@@ -3,7 +3,8 @@
 A mixing maps a `Topology` to a `Mixer`, which does one round of it: as a product of matrices (`dense`), by gathering
 rows (`sparse`), or by collective permutes between devices with one peer each, or a block of them (`on_mesh`). All give
 the same result. What came through in a round, and with which weights, is data (`weights_of`), so links may fail and
-peers leave within one compiled program.
+peers leave within one compiled program. Sums are taken of differences, `x_i + sum_j w_ij (x_j - x_i)` where weights add
+up to 1, so that peers who agree stay where they are to the last bit.
 
 Letters: n peers, S slots, P rounds until the topology repeats, m devices.
 """
@@ -21,7 +22,7 @@ from jfed import _axis, compress
 from jfed import mesh as meshes
 from jfed.core import Tree
 from jfed.gossip._blocks import Blocks, blocks_of
-from jfed.gossip.topology.graph import Topology, peers, period
+from jfed.gossip.topology.graph import TOLERANCE, Topology, peers, period
 
 
 class Weights(NamedTuple):
@@ -32,6 +33,7 @@ class Weights(NamedTuple):
     came: jax.Array  # [S, n] bool, whether something did
     sent: jax.Array  # [S, n] bool, whether something was sent, that may be lost
     round: jax.Array  # [] int32
+    total: jax.Array  # [n] float32, of all that a peer has or hears; 1 but for directed graphs
 
 
 class Mixer(NamedTuple):
@@ -116,7 +118,10 @@ def weights_of(
     linked = nobody | (linked if links is None else linked & links[me, source])
     came = linked if arrives is None else linked & (nobody | arrives[me, source])
     own, heard = lost(own, heard, Coming(source, came, linked))
-    return Weights(jnp.where(present, own, 1.0), heard, came & ~nobody, linked & ~nobody, round)
+    own = jnp.where(present, own, 1.0)
+    total = own + jnp.sum(heard, 0)
+    total = jnp.where(jnp.abs(total - 1) < TOLERANCE, 1.0, total)
+    return Weights(own, heard, came & ~nobody, linked & ~nobody, round, total)
 
 
 def dense() -> Mixing:
@@ -131,15 +136,19 @@ def dense() -> Mixing:
             me = jnp.broadcast_to(jnp.arange(n)[None], source.shape)
             matrix = jnp.zeros((n, n)).at[me, source].add(weights.heard)
 
-            def product(matrix, x):
+            def product(x):
                 rows = jnp.matmul(matrix, x.reshape(n, -1), precision=lax.Precision.HIGHEST)
-                return rows.reshape(x.shape).astype(x.dtype)
+                return rows.reshape(x.shape)
 
-            if sent is own:
-                matrix += jnp.diag(weights.own)
-                return jax.tree.map(lambda x: product(matrix, x), own)
-            heard = jax.tree.map(lambda x: product(matrix, x), decoded(sent))
-            return jax.tree.map(lambda x, h: (column(weights.own, x) * x + h).astype(x.dtype), own, heard)
+            def one(x, y):
+                if sent is own:  # of differences to anybody's, which are 0 where all agree
+                    y = x - x[:1]
+                    mixed = column(weights.total, x) * x - column(jnp.sum(weights.heard, 0), x) * y + product(y)
+                else:
+                    mixed = column(weights.own, x) * x + product(y)
+                return mixed.astype(x.dtype)
+
+            return jax.tree.map(one, own, own if sent is own else decoded(sent))
 
         return Mixer(topology, combine, _by_rows(topology), _as_it_is)
 
@@ -156,10 +165,10 @@ def sparse() -> Mixing:
             what = own if sent is own else decoded(sent)
 
             def one(x, y):
-                mixed = column(weights.own, x) * x
+                mixed = column(weights.total, x) * x
 
                 def add(s, mixed):
-                    return mixed + column(weights.heard[s], y) * jnp.take(y, source[s], axis=0)
+                    return mixed + column(weights.heard[s], y) * (jnp.take(y, source[s], axis=0) - x)
 
                 slots = source.shape[0]
                 if slots > _UNROLLED:
@@ -216,13 +225,13 @@ def on_mesh(mesh: Mesh, *, axis: str = "peers") -> Mixing:
             @meshes.shard_map(
                 mesh=mesh, in_specs=(split, split, split, PartitionSpec(None, axis), alike), out_specs=split
             )
-            def on_each(own, sent, kept, heard, t):
+            def on_each(own, sent, total, heard, t):
                 def of(blocks):
-                    return lambda sent: _mixed(blocks, own, sent, kept, heard, axis)
+                    return lambda sent: _mixed(blocks, own, sent, total, heard, axis)
 
                 return _branch(t, [of(blocks) for blocks in rounds], sent)
 
-            return on_each(own, sent, weights.own, weights.heard, weights.round)
+            return on_each(own, sent, weights.total, weights.heard, weights.round)
 
         def hear(tree: Tree, slot: int, round: jax.Array) -> Tree:
             @meshes.shard_map(mesh=mesh, in_specs=(split, alike), out_specs=split)
@@ -303,17 +312,17 @@ def _at(parts: list[Tree], index: jax.Array) -> Tree:
     return jax.tree.map(lambda *x: jnp.take(jnp.concatenate(x) if len(x) > 1 else x[0], index, axis=0), *parts)
 
 
-def _mixed(blocks: Blocks, own: Tree, sent: Tree, kept: jax.Array, heard: jax.Array, axis: str) -> Tree:
+def _mixed(blocks: Blocks, own: Tree, sent: Tree, total: jax.Array, heard: jax.Array, axis: str) -> Tree:
     """A device's rows [b, ...] after mixing."""
     parts = [decoded(part) for part in _table(blocks, sent, axis)]
     place = _mine(blocks.place, axis)  # [S, b]
 
     def one(x, *parts):
-        mixed = column(kept, x) * x
+        mixed = column(total, x) * x
         rows = parts[1:] if x.shape[0] == 1 else jnp.concatenate(parts)
         for s in range(heard.shape[0]):
             row = rows[s] if x.shape[0] == 1 else jnp.take(rows, place[s], axis=0)
-            mixed = mixed + column(heard[s], x) * row
+            mixed = mixed + column(heard[s], x) * (row - x)
         return mixed.astype(x.dtype)
 
     return jax.tree.map(one, own, *parts)

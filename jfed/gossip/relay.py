@@ -94,8 +94,8 @@ def _reverse(topology: graph.Topology) -> np.ndarray:
         group = [group[i] if g == group[j] else g for g in group]
     if oneway or len(heard) != 2 * (n - 1) or len(set(group)) != 1:
         raise ValueError(
-            f"relay(topology={topology.name!r}): it is no tree, with one way between any two peers; take chain, star or "
-            "binary_tree."
+            f"relay(topology={topology.name!r}): it is no tree, with one way between any two peers; take chain, star "
+            "or binary_tree."
         )
     reverse = np.zeros((source.shape[0], n), np.int32)
     for j, i, s in heard:
