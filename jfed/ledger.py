@@ -10,7 +10,7 @@ Letters: N clients, C clients in a cohort, T rounds.
 import csv
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -59,6 +59,38 @@ def add(ledger: Ledger, traffic: Traffic) -> Ledger:
         np.add.at(new, ids[here], sent[here].astype(np.int64))
         sums.append(new)
     return Ledger(*sums)
+
+
+def by_edge(topology: Any, traffic: Traffic, *, start: int = 0) -> dict[tuple[int, int], int]:
+    """What went over each link of peers without a server, one way.
+
+    Args:
+      topology: of `jfed.gossip.topology`, on which the rounds were run.
+      traffic: of several rounds in a row, `edges` of shape [T, S, n], or of one, [S, n].
+      start: the number of the first.
+
+    Returns:
+      `{(from, to): bytes that came}`; links over which nothing came are left out.
+
+    Raises:
+      ValueError: if the traffic does not tell.
+
+    >>> from jfed.gossip.topology import ring
+    >>> one = Traffic(np.arange(3), np.full(3, 8), np.full(3, 8), np.full((2, 3), 4))
+    >>> by_edge(ring(3), one)[0, 1]
+    4
+    """
+    if not np.size(traffic.edges):
+        raise ValueError("by_edge(traffic): it does not tell links apart; take that of a method with a topology.")
+    edges = np.asarray(jax.device_get(traffic.edges))
+    edges = edges[None] if edges.ndim == 2 else edges
+    found: dict[tuple[int, int], int] = {}
+    for t, slots in enumerate(edges.astype(np.int64), start):
+        source = topology.source[t % len(topology.source)]
+        for s, i in zip(*np.nonzero(slots), strict=True):
+            link = int(source[s, i]), int(i)
+            found[link] = found.get(link, 0) + int(slots[s, i])
+    return found
 
 
 def write(ledger: Ledger, folder: str | os.PathLike) -> Path:

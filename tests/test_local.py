@@ -6,7 +6,7 @@ import problem
 import pytest
 from problem import PARAMS, SIZES, close, cohort_of, examples_of, numpy_gradient, numpy_sgd_client
 
-from jfed import local, tree
+from jfed import local, shuffle, tree
 from jfed.core import Population, Shared, make_cohort
 
 KEY = jax.random.key(11)
@@ -215,3 +215,18 @@ def test_the_gradient_over_all_of_a_clients_examples_does_not_stall_in_half_prec
     shared = Shared(jnp.ones((), jnp.bfloat16), population.examples, KEY, jnp.int32(0))
     sums = jax.jit(work.whole)(shared, client, shared.params)
     assert float(sums.gradient) == n and float(sums.examples) == n
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_a_stochastic_gradient_is_the_mean_over_examples_drawn_without_replacement(batch_size):
+    found, added = run_alone(local.stochastic_gradient(problem.loss, batch_size=batch_size), 3)
+    data, n = examples_of(3), int(SIZES[3])
+    rows = shuffle.position(shuffle.draw(jax.random.fold_in(KEY, 3)), jnp.arange(min(batch_size, n)), n, epoch=0)
+    rows = np.asarray(rows)
+    assert len(set(rows.tolist())) == min(batch_size, n) == int(added["examples"])
+    close(found, numpy_gradient({k: np.asarray(v) for k, v in PARAMS.items()}, data["x"][rows], data["y"][rows]))
+
+
+def test_stochastic_gradients_of_an_epochs_batches_average_to_the_gradient():
+    found, _ = run_alone(local.stochastic_gradient(problem.loss, batch_size=4), 3, steps=3)
+    close(found, numpy_gradient({k: np.asarray(v) for k, v in PARAMS.items()}, *examples_of(3).values()))

@@ -36,7 +36,7 @@ def blocks_of(source: np.ndarray, devices: int) -> Blocks:
 
     >>> ring = (np.arange(6)[None] + np.array([[1], [-1]])) % 6
     >>> [transfer.pairs for transfer in blocks_of(ring, 3).transfers]
-    [((1, 0), (2, 1), (0, 2)), ((2, 0), (0, 1), (1, 2))]
+    [((2, 0), (0, 1), (1, 2)), ((1, 0), (2, 1), (0, 2))]
     """
     slots, n = source.shape
     b = n // devices

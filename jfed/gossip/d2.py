@@ -36,7 +36,7 @@ def d2(work: ClientWork, topology: graph.Topology, **options) -> Algorithm:
     graph.check_static("d2", topology)
     graph.check_symmetric("d2", topology)
     smallest = measures.smallest_eigenvalue(topology)
-    if smallest <= -1 / 3:
+    if smallest <= -1 / 3 + graph.TOLERANCE:
         raise ValueError(
             f"d2(topology={topology.name!r}): its smallest eigenvalue is {smallest:.4g} and must be above -1/3; "
             "take topology.lazy(topology)."

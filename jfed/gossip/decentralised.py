@@ -117,8 +117,8 @@ def decentralised(
         return mixer.place(state)
 
     def round_fn(state: PeersState, cohort: Cohort, key: jax.Array) -> tuple[PeersState, dict]:
-        clients, arrives = by_peer(where, cohort, n)
-        present = clients.weight != 0
+        clients, arrives = mixer.alike(by_peer(where, cohort, n))
+        present = mixer.alike(clients.weight != 0)
         server_key = jax.random.fold_in(key, _streams.SERVER)
         used = None if links is None else links(jax.random.fold_in(server_key, _streams.NOBODY))
         weights = mix.weights_of(topology, state.round, present=present, arrives=arrives, links=used, lost=lost)

@@ -18,8 +18,8 @@ from jfed.gossip.topology import graph
 def dpsgd(work: ClientWork, topology: graph.Topology, **options) -> Algorithm:
     """Every peer averages its neighbours' models and descends the gradient that it found at its own.
 
-    With `topology.complete` and one local step it is synchronous data-parallel SGD once peers agree, as they do from
-    the second round on if they began alike.
+    Gradients are found at models that have not met yet, also on the complete graph, where the other two orders are
+    synchronous data-parallel SGD.
 
     Args:
       work: `local.sgd(...)` for local steps, or `local.stochastic_gradient(...)` for one gradient a round that
@@ -53,7 +53,8 @@ def dpsgd(work: ClientWork, topology: graph.Topology, **options) -> Algorithm:
 def adapt_then_combine(work: ClientWork, topology: graph.Topology, **options) -> Algorithm:
     """Every peer descends its gradient, then averages its neighbours' models.
 
-    With `topology.complete` it is FedAvg in which everybody takes part and weighs alike.
+    With `topology.complete` it is FedAvg in which everybody takes part and weighs alike; with one gradient a round,
+    synchronous data-parallel SGD.
 
     Args:
       work: as in `dpsgd`.

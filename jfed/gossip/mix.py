@@ -36,13 +36,20 @@ class Weights(NamedTuple):
     total: jax.Array  # [n] float32, of all that a peer has or hears; 1 but for directed graphs
 
 
+def _as_it_is(tree: Tree) -> Tree:
+    return tree
+
+
 class Mixer(NamedTuple):
     """One topology, ready to mix."""
 
     topology: Topology
     combine: Callable  # (own, sent, weights, key) -> own_i own + sum_s heard_si decode(sent_j), leaves [n, ...]
     hear: Callable  # (tree, slot, round) -> what each peer hears in a slot, its own row where nobody; leaves [n, ...]
-    place: Callable  # tree -> the same where it is to be: leaves [n, ...] with their peers, others everywhere
+    place: Callable = (
+        _as_it_is  # tree -> the same where it is to be: leaves [n, ...] with their peers, others everywhere
+    )
+    alike: Callable = _as_it_is  # small tree -> the same on all devices, in a program
 
 
 Mixing = Callable[[Topology], Mixer]
@@ -150,7 +157,7 @@ def dense() -> Mixing:
 
             return jax.tree.map(one, own, own if sent is own else decoded(sent))
 
-        return Mixer(topology, combine, _by_rows(topology), _as_it_is)
+        return Mixer(topology, combine, _by_rows(topology))
 
     return mixing
 
@@ -179,7 +186,7 @@ def sparse() -> Mixing:
 
             return jax.tree.map(one, own, what)
 
-        return Mixer(topology, combine, _by_rows(topology), _as_it_is)
+        return Mixer(topology, combine, _by_rows(topology))
 
     return mixing
 
@@ -251,7 +258,10 @@ def on_mesh(mesh: Mesh, *, axis: str = "peers") -> Mixing:
 
             return jax.tree.map(one, tree)
 
-        return Mixer(topology, combine, hear, place)
+        def everywhere(tree: Tree) -> Tree:
+            return lax.with_sharding_constraint(tree, NamedSharding(mesh, alike))
+
+        return Mixer(topology, combine, hear, place, everywhere)
 
     return mixing
 
@@ -281,10 +291,6 @@ def _by_rows(topology: Topology) -> Callable:
         return jax.tree.map(lambda x: jnp.take(x, _of_round(topology, round)[slot], axis=0), tree)
 
     return hear
-
-
-def _as_it_is(tree: Tree) -> Tree:
-    return tree
 
 
 def _branch(t: jax.Array, branches: list[Callable], x: Tree) -> Tree:

@@ -160,7 +160,7 @@ def test_rows_of_the_share_of_examples_are_fedavg_with_its_weights():
     problem.close(peers.params(a), b.params)
 
 
-@pytest.mark.parametrize("order", ["dpsgd", "adapt_then_combine"])
+@pytest.mark.parametrize("order", ["combine_then_adapt", "adapt_then_combine"])
 def test_on_the_complete_graph_with_one_gradient_it_is_data_parallel_training(order):
     rows, optimizer = 4, optax.sgd(0.3)
     x = problem.POPULATION.examples["x"][:32]
@@ -448,7 +448,9 @@ def test_two_peers_that_never_wait_follow_the_paper_line_by_line():
         changed[i], read[i] = 0, x[i]
         due[i] += seconds[i]
     problem.close(state.params, x)
-    assert float(metrics["seconds"]) == pytest.approx(now) and float(metrics["staleness"]) == np.mean(stale)
+    assert float(metrics["seconds"]) == pytest.approx(now) and float(metrics["staleness"]) == pytest.approx(
+        np.mean(stale)
+    )
     np.testing.assert_array_equal(metrics["traffic"].up, [7 * 4 * D] * 2)
 
 

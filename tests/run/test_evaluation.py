@@ -6,7 +6,8 @@ import problem
 import pytest
 from problem import PARAMS, POPULATION
 
-from jfed import local, run
+from jfed import gossip, local, run
+from jfed.algorithms import fedavg
 from jfed.clients import lanes, vectorised
 
 
@@ -83,3 +84,25 @@ def test_populations_of_different_clients_are_refused():
     few = POPULATION._replace(start=POPULATION.start[:3], size=POPULATION.size[:3])
     with pytest.raises(ValueError, match=r"evaluate_adapted\(train of 12 clients, test of 3\)"):
         run.evaluate_adapted(problem.metrics, ADAPT, PARAMS, POPULATION, few, jax.random.key(0))
+
+
+def test_all_peers_models_and_their_average_are_judged_on_the_same_examples():
+    algorithm = gossip.averaging(gossip.topology.ring(5))
+    models = jax.tree.map(lambda p: jnp.stack([i * p for i in range(5)]), PARAMS)
+    state = algorithm.init(PARAMS)._replace(params=models)
+    scores = run.evaluate_peers(problem.metrics, algorithm, state, POPULATION.examples, batch_size=7)
+    for name in ("loss", "accuracy"):
+        each = [
+            run.evaluate(problem.metrics, jax.tree.map(lambda p, i=i: i * p, PARAMS), POPULATION.examples)[name]
+            for i in range(5)
+        ]
+        found = scores[name]
+        np.testing.assert_allclose(found.each, each, rtol=1e-5)
+        measures = [found.mean, found.lowest, found.highest, found.spread, found.averaged]
+        expected = [np.mean(each), min(each), max(each), np.std(each), each[2]]
+        np.testing.assert_allclose(measures, expected, rtol=1e-4)
+
+
+def test_methods_whose_clients_have_no_models_of_their_own_are_refused():
+    with pytest.raises(ValueError, match="no models of their own; use run.evaluate"):
+        run.evaluate_peers(problem.metrics, fedavg(local.gradient(problem.loss)), None, POPULATION.examples)
