@@ -1,4 +1,4 @@
-"""Pictures of runs: curves over rounds, how a result is spread over clients, and what devices send each other.
+"""Pictures of runs: curves over rounds, how a result is spread over clients, who hears whom, and what is sent.
 
 Drawn with matplotlib's objects, without its global state, so it works in threads and without a screen.
 """
@@ -28,6 +28,9 @@ def plot_curves(
     ylabel: str,
     title: str,
     reference: Mapping[str, float] | None = None,
+    expected: Mapping[str, tuple[Any, Any]] | None = None,
+    log_x: bool = False,
+    log_y: bool = False,
 ) -> None:
     """Draws curves, each labelled at its end, and dashed lines to hold them against.
 
@@ -38,23 +41,39 @@ def plot_curves(
       ylabel: what is on the y axis, with its unit.
       title: one line.
       reference: name -> y of a horizontal dashed line, for example `{"centralised 85.2 %": 85.2}`.
+      expected: name of a curve -> (x, y) of what it should be, dashed in the curve's colour.
+      log_x: whether the x axis is logarithmic.
+      log_y: whether the y axis is; a y of 0 or less then leaves a gap.
 
     Raises:
-      ValueError: if there is no curve, or an x and y differ in length.
+      ValueError: if there is no curve, an x and y differ in length, or something is expected of no curve.
     """
     if not curves:
         raise ValueError("plot_curves(curves={}): needs at least one curve; check that the run logged any rows.")
+    expected = expected or {}
+    if odd := set(expected) - set(curves):
+        raise ValueError(
+            f"plot_curves(expected={sorted(odd)}): there are no curves of these names; name some that are."
+        )
     figure, axes = _canvas(title, xlabel, ylabel)
+    axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
     reference = reference or {}
     ends = []
-    for i, (name, (x, y)) in enumerate(curves.items()):
+
+    def of(what, name, x, y):
         x, y = np.asarray(x, float), np.asarray(y, float)
         if x.shape != y.shape or x.ndim != 1:
-            raise ValueError(f"plot_curves(curves[{name!r}]): x has shape {x.shape}, y {y.shape}; give equal lengths.")
+            raise ValueError(f"plot_curves({what}[{name!r}]): x has shape {x.shape}, y {y.shape}; give equal lengths.")
+        return x, np.where(y > 0, y, np.nan) if log_y else y
+
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        x, y = of("curves", name, x, y)
         colour, style = COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
         # Few points are shown as such; one alone would otherwise be invisible.
         marker = {"marker": "o", "markersize": 4} if len(x) <= 15 else {}
         axes.plot(x, y, color=colour, linestyle=style, linewidth=2, label=name, solid_capstyle="round", **marker)
+        if name in expected:
+            axes.plot(*of("expected", name, *expected[name]), color=colour, linestyle=(0, (3, 2)), linewidth=1.2)
         seen = np.flatnonzero(np.isfinite(y))
         if seen.size:
             ends.append((y[seen[-1]], name, colour))
@@ -170,6 +189,105 @@ def plot_distribution(
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
     _save(figure, path)
+
+
+class Graph(NamedTuple):
+    """Who sends to whom, as it is drawn."""
+
+    rounds: Sequence[Sequence[tuple[int, int]]]  # in each round, which have colours of their own: from, to
+    positions: Any  # [n, 2], where peers are, y upwards; of any scale
+    note: str = ""  # below the name
+
+
+def circle(n: int) -> np.ndarray:
+    """[n, 2], positions of peers on a circle, the first at the top, clockwise.
+
+    >>> print(circle(4).round(9) + 0.0)
+    [[ 0.  1.]
+     [ 1.  0.]
+     [ 0. -1.]
+     [-1.  0.]]
+    """
+    angle = 2 * np.pi * np.arange(n) / n
+    return np.stack([np.sin(angle), np.cos(angle)], axis=1)
+
+
+def plot_graphs(path: str | os.PathLike, graphs: Mapping[str, Graph], *, title: str, across: int = 6) -> None:
+    """Draws graphs, a panel each: a line between two peers that hear each other, an arrow where only one hears.
+
+    Args:
+      path: of the PNG file; its folder is made if it does not exist.
+      graphs: name -> graph; an edge is bent where it would cross a peer, or lie on one of an earlier round.
+      title: one line.
+      across: panels in a line.
+
+    Raises:
+      ValueError: if there is no graph, positions are not [n, 2], or an edge has an end that has none.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    if not graphs:
+        raise ValueError("plot_graphs(graphs={}): needs at least one graph; give its edges and positions.")
+    for name, graph in graphs.items():
+        shape, ends = np.shape(graph.positions), np.array([end for edges in graph.rounds for end in edges], int)
+        if len(shape) != 2 or shape[1] != 2 or (ends.size and not 0 <= ends.min() <= ends.max() < shape[0]):
+            most = f", and edges go to peer {ends.max()}" if ends.size else ""
+            raise ValueError(f"plot_graphs({name!r}): positions have shape {shape}{most}; give [n, 2], one for each.")
+    across = min(across, len(graphs))
+    down = -(-len(graphs) // across)
+    most = max(len(graph.rounds) for graph in graphs.values())
+    figure = Figure(figsize=(1.9 * across + 0.2, 2.3 * down + 0.8), dpi=160, layout="constrained")
+    figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for axes, (name, graph) in zip(panels, graphs.items(), strict=False):
+        _draw_graph(axes, name, graph)
+    for axes in panels[len(graphs) :]:
+        axes.set_axis_off()
+    if most > 1:
+        lines = [Line2D([], [], color=COLOURS[r % len(COLOURS)], label=f"round {r + 1}") for r in range(most)]
+        figure.legend(handles=lines, loc="outside lower left", ncols=most, frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _draw_graph(axes: "Axes", name: str, graph: Graph) -> None:
+    """One panel."""
+    from matplotlib.patches import FancyArrowPatch
+
+    x = np.asarray(graph.positions, float)
+    middle, half = (x.max(0) + x.min(0)) / 2, max(float(np.ptp(x, axis=0).max()) / 2, 1e-9)
+    x = (x - middle) / half
+    axes.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal", xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.set_title(name, loc="center", fontsize=10, color=_INK, pad=2)
+    axes.set_xlabel(graph.note, fontsize=8, color=_GREY, labelpad=1)
+    size = 5.5 if len(x) <= 20 else 3.0
+    drawn: dict[tuple[int, int], int] = {}
+    for r, edges in enumerate(graph.rounds):
+        edges = {(int(i), int(j)) for i, j in edges}
+        for i, j in sorted(edges):
+            if both := (j, i) in edges:
+                if i > j:
+                    continue
+            pair = (min(i, j), max(i, j))
+            bend = 0.2 * _crosses(x, i, j) + 0.14 * drawn.get(pair, 0)
+            drawn[pair] = drawn.get(pair, 0) + 1
+            look = {"arrowstyle": "-"} if both else {"arrowstyle": "-|>", "mutation_scale": 6}
+            look |= {"color": COLOURS[r % len(COLOURS)], "linewidth": 0.9, "alpha": 0.8, "zorder": 1, "clip_on": False}
+            away = {"shrinkA": size / 2, "shrinkB": size / 2, "connectionstyle": f"arc3,rad={bend}"}
+            axes.add_patch(FancyArrowPatch(tuple(x[i]), tuple(x[j]), **look, **away))
+    axes.plot(*x.T, "o", color=_INK, markersize=size, markeredgecolor="white", markeredgewidth=0.6, zorder=2)
+
+
+def _crosses(x: np.ndarray, i: int, j: int) -> bool:
+    """Whether another peer lies on the straight line from one to another."""
+    way = x[j] - x[i]
+    length = max(float(np.hypot(*way)), 1e-9)
+    along = (x - x[i]) @ way / length**2
+    aside = np.abs((x - x[i]) @ np.array([-way[1], way[0]])) / length
+    near = (along > 0.02) & (along < 0.98) & (aside < 0.06)
+    near[[i, j]] = False
+    return bool(near.any())
 
 
 class Chunks(NamedTuple):
@@ -378,8 +496,8 @@ def _canvas(title: str, xlabel: str, ylabel: str) -> tuple["Figure", "Axes"]:
 def _label_ends(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
     """Writes names to the right of the axes, at the height of each (y, name, colour), moved apart where needed."""
     gap = 0.062  # of the height of the axes: a line of text
-    low, high = axes.get_ylim()
-    heights = [(y - low) / (high - low) for y, _, _ in ends]
+    (left, _), _ = axes.get_xlim(), axes.get_ylim()  # which settles the scales
+    heights = [(axes.transScale + axes.transLimits).transform((left, y))[1] for y, _, _ in ends]
     order = sorted(range(len(ends)), key=heights.__getitem__)
     placed: list[float] = []
     for i in order:

@@ -139,6 +139,6 @@ def ad_psgd(
     return Algorithm(
         init_fn,
         round_fn,
-        lambda state: jax.tree.map(lambda x: jnp.mean(x, 0).astype(x.dtype), state.params),
+        lambda state: jax.tree.map(lambda x, s: (s / n).astype(x.dtype), state.params, tree.total(state.params)),
         lambda state, i: tree.take(state.params, i),
     )

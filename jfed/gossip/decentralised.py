@@ -158,7 +158,7 @@ def decentralised(
             "reports": jnp.sum(present, dtype=jnp.int32),
             "dropped": added["dropped"],
             "steps": jnp.sum(jnp.where(present, clients.steps, 0)),
-            "consensus": consensus_distance(model(new.params, new.memory)),
+            "consensus": consensus_distance(model(new.params, new.memory), average=mixer.average),
             "traffic": _traffic(topology, weights, sum(sizes) + max(heard_sizes.values(), default=0)),
         }
         return new, metrics
@@ -166,7 +166,7 @@ def decentralised(
     return Algorithm(
         init=init_fn,
         round=round_fn,
-        params=lambda state: jax.tree.map(_mean, model(state.params, state.memory)),
+        params=lambda state: mixer.average(model(state.params, state.memory)),
         personal=lambda state, i: model(tree.take(state.params, i), tree.take(state.memory, i)),
     )
 
@@ -192,18 +192,23 @@ def by_peer(where: str, cohort: Cohort, n: int) -> tuple[Cohort, jax.Array | Non
     return clients, tree.put(jnp.ones((n, n), bool), cohort.ids, hears)
 
 
-def consensus_distance(params: Tree) -> jax.Array:
+def consensus_distance(params: Tree, *, average: Callable[[Tree], Tree] | None = None) -> jax.Array:
     """The root of the mean over peers of the squared distance to their average; [] float32.
+
+    Args:
+      params: leaves [n, ...].
+      average: the mean over peers, where it is not to be `tree.total`'s.
 
     >>> print(consensus_distance(jnp.array([[1.0, 0.0], [3.0, 0.0]])))
     1.0
     """
+    n = jax.tree.leaves(params)[0].shape[0]
+    means = jax.tree.map(lambda s: s / n, tree.total(params)) if average is None else average(params)
 
-    def squared(x):
-        return jnp.sum(jnp.square(x - jnp.mean(x, 0, keepdims=True)), dtype=jnp.float32)
+    def squared(x, mean):
+        return jnp.sum(jnp.square(x - mean[None]), dtype=jnp.float32)
 
-    leaves = jax.tree.leaves(params)
-    return jnp.sqrt(sum(map(squared, leaves)) / leaves[0].shape[0])
+    return jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(squared, params, means))) / n)
 
 
 def plus(x: Tree, *changes: Tree) -> Tree:
@@ -247,7 +252,3 @@ def _traffic(topology: graph.Topology, weights: mix.Weights, nbytes: int) -> Tra
     edges = jnp.where(weights.came, one, nothing)
     up = jnp.zeros(me.shape, one.dtype).at[source].add(jnp.where(weights.sent, one, nothing))
     return Traffic(me, up, jnp.sum(edges, 0, dtype=one.dtype), edges)
-
-
-def _mean(x: jax.Array) -> jax.Array:
-    return jnp.mean(x, 0, dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)

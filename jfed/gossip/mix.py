@@ -23,6 +23,7 @@ from jfed import mesh as meshes
 from jfed.core import Tree
 from jfed.gossip._blocks import Blocks, blocks_of
 from jfed.gossip.topology.graph import TOLERANCE, Topology, peers, period
+from jfed.tree import total
 
 
 class Weights(NamedTuple):
@@ -40,6 +41,10 @@ def _as_it_is(tree: Tree) -> Tree:
     return tree
 
 
+def _average(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x, s: (s / x.shape[0]).astype(x.dtype), tree, total(tree))
+
+
 class Mixer(NamedTuple):
     """One topology, ready to mix."""
 
@@ -50,6 +55,7 @@ class Mixer(NamedTuple):
         _as_it_is  # tree -> the same where it is to be: leaves [n, ...] with their peers, others everywhere
     )
     alike: Callable = _as_it_is  # small tree -> the same on all devices, in a program
+    average: Callable = _average  # leaves [n, ...] -> their mean, leaves [...]
 
 
 Mixing = Callable[[Topology], Mixer]
@@ -126,9 +132,9 @@ def weights_of(
     came = linked if arrives is None else linked & (nobody | arrives[me, source])
     own, heard = lost(own, heard, Coming(source, came, linked))
     own = jnp.where(present, own, 1.0)
-    total = own + jnp.sum(heard, 0)
-    total = jnp.where(jnp.abs(total - 1) < TOLERANCE, 1.0, total)
-    return Weights(own, heard, came & ~nobody, linked & ~nobody, round, total)
+    whole = own + jnp.sum(heard, 0)
+    whole = jnp.where(jnp.abs(whole - 1) < TOLERANCE, 1.0, whole)
+    return Weights(own, heard, came & ~nobody, linked & ~nobody, round, whole)
 
 
 def dense() -> Mixing:
@@ -232,9 +238,9 @@ def on_mesh(mesh: Mesh, *, axis: str = "peers") -> Mixing:
             @meshes.shard_map(
                 mesh=mesh, in_specs=(split, split, split, PartitionSpec(None, axis), alike), out_specs=split
             )
-            def on_each(own, sent, total, heard, t):
+            def on_each(own, sent, whole, heard, t):
                 def of(blocks):
-                    return lambda sent: _mixed(blocks, own, sent, total, heard, axis)
+                    return lambda sent: _mixed(blocks, own, sent, whole, heard, axis)
 
                 return _branch(t, [of(blocks) for blocks in rounds], sent)
 
@@ -261,7 +267,12 @@ def on_mesh(mesh: Mesh, *, axis: str = "peers") -> Mixing:
         def everywhere(tree: Tree) -> Tree:
             return lax.with_sharding_constraint(tree, NamedSharding(mesh, alike))
 
-        return Mixer(topology, combine, hear, place, everywhere)
+        @meshes.shard_map(mesh=mesh, in_specs=split, out_specs=alike)
+        def average(tree: Tree) -> Tree:
+            sums = lax.psum(total(tree), axis)
+            return jax.tree.map(lambda x, s: (s / n).astype(x.dtype), tree, sums)
+
+        return Mixer(topology, combine, hear, place, everywhere, average)
 
     return mixing
 
@@ -318,13 +329,13 @@ def _at(parts: list[Tree], index: jax.Array) -> Tree:
     return jax.tree.map(lambda *x: jnp.take(jnp.concatenate(x) if len(x) > 1 else x[0], index, axis=0), *parts)
 
 
-def _mixed(blocks: Blocks, own: Tree, sent: Tree, total: jax.Array, heard: jax.Array, axis: str) -> Tree:
+def _mixed(blocks: Blocks, own: Tree, sent: Tree, whole: jax.Array, heard: jax.Array, axis: str) -> Tree:
     """A device's rows [b, ...] after mixing."""
     parts = [decoded(part) for part in _table(blocks, sent, axis)]
     place = _mine(blocks.place, axis)  # [S, b]
 
     def one(x, *parts):
-        mixed = column(total, x) * x
+        mixed = column(whole, x) * x
         rows = parts[1:] if x.shape[0] == 1 else jnp.concatenate(parts)
         for s in range(heard.shape[0]):
             row = rows[s] if x.shape[0] == 1 else jnp.take(rows, place[s], axis=0)
