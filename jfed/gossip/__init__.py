@@ -12,6 +12,8 @@
     ad_psgd                                         asynchronous pairs
     epidemic  epidemic_oracle                       random peers, drawn every round
     personalised                                    a part of each model is a peer's own
+    robust                                          peers that lie: clipped gossip, any aggregator, attacks
+    masks                                           sums of neighbours' models, and no model seen
     averaging                                       mixing alone
     decentralised  PeersState  Net                  the round they share, to build others
 
@@ -19,7 +21,7 @@ All are `core.Algorithm`s, for `jfed.run`: `algorithm.params(state)` is the aver
 `algorithm.personal(state, i)` peer i's own, `run.evaluate_peers` judges every one of them.
 """
 
-from jfed.gossip import conditions, mix, topology
+from jfed.gossip import conditions, masks, mix, robust, topology
 from jfed.gossip.ad_psgd import PairsState, ad_psgd
 from jfed.gossip.averaging import averaging
 from jfed.gossip.choco import choco, choco_gossip, choco_step_size
@@ -53,10 +55,12 @@ __all__ = [
     "epidemic",
     "epidemic_oracle",
     "gradient_tracking",
+    "masks",
     "mix",
     "personalised",
     "push_sum",
     "quasi_global",
     "relay",
+    "robust",
     "topology",
 ]
