@@ -66,7 +66,7 @@ def by_edge(topology: Any, traffic: Traffic, *, start: int = 0) -> dict[tuple[in
 
     Args:
       topology: of `jfed.gossip.topology`, on which the rounds were run.
-      traffic: of several rounds in a row, `edges` of shape [T, S, n], or of one, [S, n].
+      traffic: of several rounds in a row, `edges` of shape [T, S, n], or of one, [S, n]: of a method with `by_edge`.
       start: the number of the first.
 
     Returns:
@@ -81,7 +81,7 @@ def by_edge(topology: Any, traffic: Traffic, *, start: int = 0) -> dict[tuple[in
     4
     """
     if not np.size(traffic.edges):
-        raise ValueError("by_edge(traffic): it does not tell links apart; take that of a method with a topology.")
+        raise ValueError("by_edge(traffic): it does not tell links apart; make the method with by_edge=True.")
     edges = np.asarray(jax.device_get(traffic.edges))
     edges = edges[None] if edges.ndim == 2 else edges
     found: dict[tuple[int, int], int] = {}

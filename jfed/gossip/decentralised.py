@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jfed import _streams, tree
+from jfed import _streams, _validate, tree
 from jfed.clients import lanes
 from jfed.core import Algorithm, ClientMap, ClientWork, Cohort, Shared, Traffic, Tree
 from jfed.gossip import mix
@@ -56,6 +56,7 @@ def decentralised(
     mixing: mix.Mixing | None = None,
     lost: mix.Lost = mix.own_instead,
     links: Callable[[jax.Array], jax.Array] | None = None,
+    by_edge: bool = False,
 ) -> Algorithm:
     """Builds a method without a server out of what a peer makes of its gradient and its neighbours.
 
@@ -72,7 +73,7 @@ def decentralised(
 
     Metrics: `"loss"`, the mean over examples trained on; `"reports"`, peers present; `"dropped"`; `"steps"`;
     `"consensus"`, the root of the mean over peers of the squared distance to their average; `"traffic"`, bytes that
-    each peer sent and heard, and by slot what it heard, a `core.Traffic`.
+    each peer sent and heard, a `core.Traffic`.
 
     `algorithm.params(state)` is the average of all models, `algorithm.personal(state, i)` peer i's own.
 
@@ -92,12 +93,14 @@ def decentralised(
       mixing: how they hear each other; by default `mix.automatic()`.
       lost: what replaces a message that did not come.
       links: `key -> [n, n] bool`, who of those that the topology has sends to whom in a round; by default all.
+      by_edge: whether `"traffic"` tells links apart, for `ledger.by_edge`: S n numbers a round.
 
     Raises:
       ValueError: if what is given is no topology; when traced, if messages are lost by an array of another shape.
     """
     if not isinstance(topology, graph.Topology):
         raise ValueError(f"{where}(topology={topology!r}): give one of jfed.gossip.topology, such as ring(16).")
+    _validate.flags(where, by_edge=by_edge)
     n = graph.peers(topology)
     optimizer = optax.with_extra_args_support(optax.sgd(1.0) if optimizer is None else optimizer)
     client_map = lanes(16) if client_map is None else client_map
@@ -122,6 +125,7 @@ def decentralised(
         server_key = jax.random.fold_in(key, _streams.SERVER)
         used = None if links is None else links(jax.random.fold_in(server_key, _streams.NOBODY))
         weights = mix.weights_of(topology, state.round, present=present, arrives=arrives, links=used, lost=lost)
+        weights = mixer.alike(weights)
         sizes, heard_sizes = [], {}  # bytes of a peer's messages: to all alike, and by slot
 
         def mix_fn(x, sent=None):
@@ -150,16 +154,17 @@ def decentralised(
 
         net = net._replace(descend=descend, trained=sound)
         after = step(net, x, g, state.optimizer, state.memory)
-        after = tree.select(present, after, (state.params, state.optimizer, state.memory))
+        after = mixer.apart(tree.select(present, after, (state.params, state.optimizer, state.memory)))
         new = PeersState(*after, round=state.round + 1)
         examples = added["examples"]
+        traffic = _traffic(topology, weights, sum(sizes) + max(heard_sizes.values(), default=0))
         metrics = {
             "loss": jnp.where(examples > 0, added["loss"] / jnp.maximum(examples, 1), jnp.nan),
             "reports": jnp.sum(present, dtype=jnp.int32),
             "dropped": added["dropped"],
             "steps": jnp.sum(jnp.where(present, clients.steps, 0)),
             "consensus": consensus_distance(model(new.params, new.memory), average=mixer.average),
-            "traffic": _traffic(topology, weights, sum(sizes) + max(heard_sizes.values(), default=0)),
+            "traffic": traffic if by_edge else traffic._replace(edges=()),
         }
         return new, metrics
 

@@ -51,10 +51,9 @@ class Mixer(NamedTuple):
     topology: Topology
     combine: Callable  # (own, sent, weights, key) -> own_i own + sum_s heard_si decode(sent_j), leaves [n, ...]
     hear: Callable  # (tree, slot, round) -> what each peer hears in a slot, its own row where nobody; leaves [n, ...]
-    place: Callable = (
-        _as_it_is  # tree -> the same where it is to be: leaves [n, ...] with their peers, others everywhere
-    )
+    place: Callable = _as_it_is  # tree -> the same, leaves [n, ...] where their peers are, others everywhere
     alike: Callable = _as_it_is  # small tree -> the same on all devices, in a program
+    apart: Callable = _as_it_is  # leaves [n, ...] -> the same, rows with their peers, in a program
     average: Callable = _average  # leaves [n, ...] -> their mean, leaves [...]
 
 
@@ -227,9 +226,6 @@ def on_mesh(mesh: Mesh, *, axis: str = "peers") -> Mixing:
         if n % m:
             raise ValueError(f"on_mesh(mesh of {m} devices): {n} peers are no multiple of it; take {-(-n // m) * m}.")
         rounds = [blocks_of(source, m) for source in topology.source]
-        slots = [
-            [blocks_of(source[s : s + 1], m) for source in topology.source] for s in range(topology.source.shape[1])
-        ]
         split, alike = PartitionSpec(axis), PartitionSpec()
 
         def combine(own: Tree, sent: Tree, weights: Weights, key: jax.Array) -> Tree:
@@ -252,7 +248,7 @@ def on_mesh(mesh: Mesh, *, axis: str = "peers") -> Mixing:
                 def of(blocks):
                     return lambda tree: _at(_table(blocks, tree, axis), _mine(blocks.place, axis)[0])
 
-                return _branch(t, [of(blocks) for blocks in slots[slot]], tree)
+                return _branch(t, [of(blocks_of(source[slot : slot + 1], m)) for source in topology.source], tree)
 
             return on_each(tree, round)
 
@@ -267,12 +263,15 @@ def on_mesh(mesh: Mesh, *, axis: str = "peers") -> Mixing:
         def everywhere(tree: Tree) -> Tree:
             return lax.with_sharding_constraint(tree, NamedSharding(mesh, alike))
 
+        def apart(tree: Tree) -> Tree:
+            return lax.with_sharding_constraint(tree, NamedSharding(mesh, split))
+
         @meshes.shard_map(mesh=mesh, in_specs=split, out_specs=alike)
         def average(tree: Tree) -> Tree:
             sums = lax.psum(total(tree), axis)
             return jax.tree.map(lambda x, s: (s / n).astype(x.dtype), tree, sums)
 
-        return Mixer(topology, combine, hear, place, everywhere, average)
+        return Mixer(topology, combine, hear, place, everywhere, apart, average)
 
     return mixing
 
