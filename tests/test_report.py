@@ -395,3 +395,29 @@ def test_fairness_takes_the_tenths_at_both_ends():
     spread = report.fairness(values)
     assert (spread["worst_tenth"], spread["best_tenth"]) == (np.arange(10).mean(), np.arange(90, 100).mean())
     assert spread["variance"] == pytest.approx((100**2 - 1) / 12)
+
+
+@pytest.mark.parametrize(("count", "across", "down"), [(1, 1, 1), (7, 6, 2)])
+def test_graphs_are_drawn_a_panel_each_at_most_six_in_a_line(tmp_path, count, across, down):
+    graph = plot.Graph([[(0, 1), (1, 0), (1, 2)], [(0, 2)]], [[0, 0], [1, 0], [2, 0]], "gap 0.5")
+    plot.plot_graphs(tmp_path / "new" / "graphs.png", {f"g{i}": graph for i in range(count)}, title="t")
+    wide, high = size_of_png(tmp_path / "new" / "graphs.png")
+    assert (wide, high) == pytest.approx((160 * (1.9 * across + 0.2), 160 * (2.3 * down + 0.8)), abs=1)
+
+
+def test_curves_may_be_held_against_what_is_expected_on_logarithmic_axes(tmp_path):
+    curves = {"a": ([1, 10, 100], [1.0, 0.1, 0.0]), "b": ([1, 10], [0.5, None])}
+    words = {"xlabel": "kB", "ylabel": "error", "title": "t"}
+    plot.plot_curves(tmp_path / "c.png", curves, expected={"a": ([1, 100], [1, 0.01])}, log_x=True, log_y=True, **words)
+    assert size_of_png(tmp_path / "c.png") == (1152, 688)
+    with pytest.raises(ValueError, match=r"expected=\['c'\]\): there are no curves of these names"):
+        plot.plot_curves(tmp_path / "c.png", curves, expected={"c": ([1], [1])}, **words)
+    with pytest.raises(ValueError, match=r"expected\['a'\]\): x has shape \(1,\), y \(2,\)"):
+        plot.plot_curves(tmp_path / "c.png", curves, expected={"a": ([1], [1, 2])}, **words)
+
+
+def test_a_graph_without_places_for_its_peers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"graphs=\{\}\): needs at least one graph"):
+        plot.plot_graphs(tmp_path / "g.png", {}, title="t")
+    with pytest.raises(ValueError, match=r"'ring'\): positions have shape \(2, 2\), and edges go to peer 2"):
+        plot.plot_graphs(tmp_path / "g.png", {"ring": plot.Graph([[(0, 2)]], plot.circle(2))}, title="t")

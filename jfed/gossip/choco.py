@@ -42,8 +42,8 @@ def choco(
       topology: static, undirected.
       compressor: any of `jfed.compress`, without error feedback, which this is; it is given `key`, the peer's own, and
         `round`, and may have state.
-      step_size: gamma, in (0, 1], the smaller the more is left out: `choco_step_size` gives one that is safe; tuned
-        ones are some ten times as large.
+      step_size: gamma, in (0, 1], the smaller the more is left out: `choco_step_size` gives one that is safe, and
+        many thousand times smaller than one tuned.
       **options: those of `decentralised`.
 
     Raises:
