@@ -28,6 +28,7 @@ COMPARISONS = [
     "distributed_mean",
     "fairness_qfedavg",
     "fedprox_stragglers",
+    "four_types",
     "gossip_topologies",
     "hybrid_alexnet",
     "model_parallel_costs",
