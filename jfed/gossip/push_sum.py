@@ -12,22 +12,25 @@ import jax
 import jax.numpy as jnp
 
 from jfed.core import Algorithm, ClientWork
-from jfed.gossip import mix
 from jfed.gossip.decentralised import PeersState, decentralised, plus
 from jfed.gossip.mix import column
 from jfed.gossip.topology import graph
 
 
-def push_sum(work: ClientWork | None, topology: graph.Topology, *, lost: mix.Lost = mix.mass_returned, **options):
+def push_sum(work: ClientWork | None, topology: graph.Topology, **options) -> Algorithm:
     """SGP; with `work=None` push-sum averaging alone (Kempe et al. 2003).
 
-    What is lost on its way takes its weight along, so peers still hold means of models, of which some count less.
     `state.params` is x; `algorithm.personal` and `algorithm.params` are made of z.
+
+    Of messages that are lost there are two views. By default a peer takes its own x and w in their place, as in
+    experiments of Vogels et al. 2021 (arXiv:2110.04175). With `lost=mix.mass_returned` they are gone with what they
+    weighed, as for peers that do not notice: models are means still, some count less, and averaging alone can do with
+    it for a while; but as w goes to 0 everywhere a step eta of x becomes one of eta / w of the model, and training
+    diverges.
 
     Args:
       work: as in `dpsgd`.
       topology: columns must add up to 1, such as those of `topology.push`; own weights must be above 0.
-      lost: what replaces a message that did not come; by default nothing does.
       **options: those of `decentralised`.
 
     Raises:
@@ -52,7 +55,6 @@ def push_sum(work: ClientWork | None, topology: graph.Topology, *, lost: mix.Los
         step=step,
         memory=lambda params: jnp.ones(graph.peers(topology)),
         model=_quotient,
-        lost=lost,
         **options,
     )
 

@@ -292,9 +292,9 @@ def lopsided(n):
     return heard | np.roll(np.eye(n, dtype=bool), 1, 0)
 
 
-def pushed(method, x, rounds, sampler=None):
+def pushed(method, x, rounds, sampler=None, **options):
     graph = topology.from_graph(lopsided(len(x)), weights=topology.push, name="lopsided")
-    algorithm = method(None, graph)
+    algorithm = method(None, graph, **options)
     population = problem.POPULATION._replace(examples=(), start=jnp.arange(len(x)), size=jnp.ones(len(x), jnp.int32))
     state = algorithm.init(jnp.zeros(x.shape[1:]))._replace(params=jnp.asarray(x, jnp.float32))
     sampler = sampling.full(steps=lambda size: size) if sampler is None else sampler
@@ -317,10 +317,11 @@ def test_push_sum_whose_messages_are_lost_still_holds_means_of_models():
 
     x = 5 + np.random.default_rng(2).normal(size=(12, 3))
     lossy = conditions.lost_messages(sampling.full(steps=lambda size: size), 0.3)
-    found, state = pushed(gossip.push_sum, x, 100, lossy)
-    assert float(state.memory.sum()) < 1e-2 * 12  # most of the weight is lost by now, with what it weighed
-    assert np.ptp(found, axis=0).max() < 1e-3
-    assert ((x.min(0) - 1e-3 <= found) & (found <= x.max(0) + 1e-3)).all()
+    for lost, weights in ((mix.mass_returned, (0, 0.1)), (mix.own_instead, (6, 60))):
+        found, state = pushed(gossip.push_sum, x, 100, lossy, lost=lost)
+        assert weights[0] < float(state.memory.sum()) < weights[1]  # lost with what it weighed, or not
+        assert np.ptp(found, axis=0).max() < 1e-3
+        assert ((x.min(0) - 1e-3 <= found) & (found <= x.max(0) + 1e-3)).all()
 
 
 # --- CHOCO -----------------------------------------------------------------------------------------------------------
