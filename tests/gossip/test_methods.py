@@ -12,9 +12,10 @@ import quadratic
 
 from jfed import compress, gossip, local, parallel, run, sampling
 from jfed.algorithms import fedavg
+from jfed.availability import per_step
 from jfed.clients import lanes
 from jfed.core import make_cohort
-from jfed.gossip import mix, topology
+from jfed.gossip import conditions, mix, topology
 
 N, D = quadratic.CLIENTS, quadratic.DIMENSIONS
 GRADIENT = local.gradient(quadratic.loss, chunk_size=1)
@@ -313,15 +314,21 @@ def test_push_sum_agrees_on_the_mean_on_a_directed_graph_and_without_its_weights
 
 
 def test_push_sum_whose_messages_are_lost_still_holds_means_of_models():
-    from jfed.gossip import conditions
-
     x = 5 + np.random.default_rng(2).normal(size=(12, 3))
     lossy = conditions.lost_messages(sampling.full(steps=lambda size: size), 0.3)
-    for lost, weights in ((mix.mass_returned, (0, 0.1)), (mix.own_instead, (6, 60))):
+    for lost, weights in ((mix.mass_returned, (0, 0.1)), (mix.own_instead, (12, 2000))):
         found, state = pushed(gossip.push_sum, x, 100, lossy, lost=lost)
         assert weights[0] < float(state.memory.sum()) < weights[1]  # lost with what it weighed, or not
         assert np.ptp(found, axis=0).max() < 1e-3
         assert ((x.min(0) - 1e-3 <= found) & (found <= x.max(0) + 1e-3)).all()
+
+
+def test_push_sums_weights_stay_one_where_rows_add_up_to_one_whatever_is_lost():
+    lossy = conditions.lost_messages(sampling.full(steps=GRADIENT.steps), 0.3)
+    algorithm = gossip.push_sum(GRADIENT, topology.one_peer_exponential(N), optimizer=optax.sgd(0.1))
+    state = run.scan_rounds(algorithm, lossy, QUADRATICS, algorithm.init(jnp.zeros(D)), KEY, rounds=50)[0]
+    np.testing.assert_allclose(state.memory, 1, atol=1e-5)
+    assert distance(state.params) < 1.2
 
 
 # --- CHOCO -----------------------------------------------------------------------------------------------------------
@@ -427,8 +434,6 @@ def test_a_round_of_epidemic_learning_brings_peers_as_near_to_their_mean_as_theo
 
 
 def test_two_peers_that_never_wait_follow_the_paper_line_by_line():
-    from jfed.availability import per_step
-
     eta, seconds = 0.1, np.array([1.0, 1.45])
     population = quadratic.population(spread=2.0)
     population = population._replace(start=population.start[:2], size=population.size[:2])
