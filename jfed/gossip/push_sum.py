@@ -23,10 +23,10 @@ def push_sum(work: ClientWork | None, topology: graph.Topology, **options) -> Al
     `state.params` is x; `algorithm.personal` and `algorithm.params` are made of z.
 
     Of messages that are lost there are two views. By default a peer takes its own x and w in their place, as in
-    experiments of Vogels et al. 2021 (arXiv:2110.04175): w stays 1 where rows add up to 1, and grows where not. With `lost=mix.mass_returned` they are gone with what they
-    weighed, as for peers that do not notice: models are means still, some count less, and averaging alone can do with
-    it for a while; but as w goes to 0 everywhere a step eta of x becomes one of eta / w of the model, and training
-    diverges.
+    experiments of Vogels et al. 2021 (arXiv:2110.04175): w stays 1 where rows add up to 1, and grows where not. With
+    `lost=mix.mass_returned` they are gone with what they weighed, as for peers that do not notice: models are means
+    still, some count less, and averaging alone can do with it for a while; but as w goes to 0 everywhere a step eta of
+    x becomes one of eta / w of the model, and training diverges.
 
     Args:
       work: as in `dpsgd`.
