@@ -56,3 +56,11 @@ def test_the_tpu_compiler_accepts_all_collectives_and_sends_asynchronously():
     found = {row[0]: (int(row[1]), int(row[2])) for row in rows if len(row) > 4 and row[1].isdigit()}
     assert found.pop("psum") == found.pop("data_parallel step, psum") == (0, 0)
     assert len(found) == 11 + 2 and all(0 < sent == apart for sent, apart in found.values()), found
+
+
+@pytest.mark.slow
+def test_peers_without_a_server_are_measured():
+    shown = smoke("gossip.py")
+    rows = [re.split(r"\s{2,}", line.strip()) for line in shown.splitlines()]
+    found = {row[0]: row for row in rows if len(row) > 5 and row[1] == "8"}
+    assert float(found["ring"][6]) == 1.59 and float(found["complete"][6]) == 5.58
