@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jfed import compress, mesh, tree
 from jfed.collectives import count
 from jfed.gossip import mix, topology
-from jfed.gossip._blocks import blocks_of
+from jfed.gossip.mix._blocks import blocks_of
 
 N = 16
 EVERYBODY = jnp.ones(N, bool)
