@@ -89,6 +89,11 @@ def row(name: str, peers: int, rounds: int, cores: int | None) -> dict:
     return found | {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "devices": jax.device_count()}
 
 
+def why(done: subprocess.CompletedProcess) -> str:
+    """The last line of what a process that failed said."""
+    return (done.stderr.strip().splitlines() or ["killed"])[-1]
+
+
 def main() -> None:
     """Measures each row in a process of its own and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,7 +119,13 @@ def main() -> None:
             command = [sys.executable, __file__, "--row", name, str(peers), "--rounds", str(args.rounds)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                table.append({"topology": name, "peers": peers, "round, s": done.stderr.strip().splitlines()[-1][:60]})
+                table.append(
+                    {
+                        "topology": name,
+                        "peers": peers,
+                        "round, s": why(done)[:60],
+                    }
+                )
                 continue
             one = found[f"{name}, {peers}"] = json.loads(done.stdout.splitlines()[-1])
             table.append(
@@ -136,7 +147,7 @@ def main() -> None:
             [args.torch, str(script), str(nodes), str(4 * args.rounds)], capture_output=True, text=True
         )
         if done.returncode:
-            print(f"{nodes} processes of PyTorch: {done.stderr.strip().splitlines()[-1]}")
+            print(f"{nodes} processes of PyTorch: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
             continue
         one = found[f"processes, {nodes}"] = json.loads(done.stdout.splitlines()[-1])
         most = max(args.peers)

@@ -80,10 +80,15 @@ def by_edge(topology: Any, traffic: Traffic, *, start: int = 0) -> dict[tuple[in
     >>> by_edge(ring(3), one)[0, 1]
     4
     """
-    if not np.size(traffic.edges):
+    if isinstance(traffic.edges, tuple):
         raise ValueError("by_edge(traffic): it does not tell links apart; make the method with by_edge=True.")
     edges = np.asarray(jax.device_get(traffic.edges))
     edges = edges[None] if edges.ndim == 2 else edges
+    if edges.shape[1:] != topology.source.shape[1:]:
+        raise ValueError(
+            f"by_edge(topology={topology.name!r}): it has {list(topology.source.shape[1:])} slots and peers, and the "
+            f"traffic {list(edges.shape[1:])}; give the topology that was run."
+        )
     found: dict[tuple[int, int], int] = {}
     for t, slots in enumerate(edges.astype(np.int64), start):
         source = topology.source[t % len(topology.source)]

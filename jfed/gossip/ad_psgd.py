@@ -32,7 +32,7 @@ class PairsState(NamedTuple):
     params: Tree  # leaves [n, ...], every peer's model
     optimizer: Tree  # leaves [n, ...], state of each peer's optimizer
     read: Tree  # leaves [n, ...], the model a peer's gradient under way is of
-    due: jax.Array  # [n] float32, seconds until a peer's gradient is ready; of round 0 not yet drawn
+    due: jax.Array  # [n] float32, seconds until a peer's gradient is ready; NaN before its first round
     changed: jax.Array  # [n] int32, how often others, and the peer, have changed its model since it read it
     round: jax.Array  # [] int32
 
@@ -48,8 +48,9 @@ def ad_psgd(
 ) -> Algorithm:
     """Peers that average with one random neighbour whenever their gradient is ready.
 
-    Neighbours are drawn in proportion to their weights. A peer that is away is not ready, and no neighbour; where a
-    message either way is lost there is no averaging. All runs on one device, a gradient at a time.
+    Neighbours are drawn in proportion to their weights. A peer that is away is not ready, and no neighbour; one of no
+    steps is a neighbour alone; where a message either way is lost there is no averaging. All runs on one device, a
+    gradient at a time.
 
     Metrics besides those of `decentralised`: `"seconds"`, simulated, and `"staleness"`, the mean number of changes that
     a peer's model has seen since its gradient was begun.
@@ -80,7 +81,8 @@ def ad_psgd(
         everyone = jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), params)
         inner = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), jax.vmap(optimizer.init)(everyone))
         zeros = jnp.zeros(n, jnp.int32)
-        return PairsState(everyone, inner, everyone, jnp.zeros(n), zeros, jnp.zeros((), jnp.int32))
+        undrawn = jnp.full(n, jnp.nan)
+        return PairsState(everyone, inner, everyone, undrawn, zeros, jnp.zeros((), jnp.int32))
 
     def round_fn(state: PairsState, cohort: Cohort, key: jax.Array) -> tuple[PairsState, dict]:
         clients, arrives = by_peer("ad_psgd", cohort, n)
@@ -88,15 +90,16 @@ def ad_psgd(
         chance = jnp.asarray(affinity, jnp.float32) * (present[None] & present[:, None])
         both = None if arrives is None else arrives & arrives.T
         first = duration(jax.random.fold_in(key, _streams.CLOCK), clients)
-        due = jnp.where(state.round == 0, first, state.due)
+        works = present & (clients.steps > 0)  # others are neighbours alone
+        due = jnp.where(jnp.isnan(state.due) & works, first, state.due)
 
         def event(carry, number):
             x, inner, read, due, changed = carry
             event_key = jax.random.fold_in(key, number)
             pair_key, clock_key = jax.random.split(jax.random.fold_in(event_key, _streams.CLOCK))
-            i = jnp.argmin(jnp.where(present, due, jnp.inf))
+            i = jnp.argmin(jnp.where(works, due, jnp.inf))
             asked = jax.random.categorical(pair_key, jnp.log(chance[i]))
-            asks = jnp.any(chance[i] > 0)
+            asks = works[i] & jnp.any(chance[i] > 0)
             hears = asks if both is None else asks & both[i, asked]
             j = jnp.where(hears, asked, i)
 
@@ -108,15 +111,17 @@ def ad_psgd(
             mine, after = tree.select(sound, (plus(mean, updates), after), (mean, tree.take(inner, i)))
             met = {"added": added, "pair": jnp.stack([i, asked]), "asks": asks, "hears": hears, "stale": changed[i]}
             now = due[i]
-            busy = jnp.where(present[i], duration(clock_key, client)[0], 0.0)
+            busy = jnp.where(works[i], duration(clock_key, client)[0], 0.0)
+            i, j = (jnp.where(works[i], k, n) for k in (i, j))  # where nobody works nothing is written
             x, inner, read = tree.put(tree.put(x, j, mean), i, mine), tree.put(inner, i, after), tree.put(read, i, mine)
-            changed = changed.at[j].add(1).at[i].set(0)
-            return (x, inner, read, due.at[i].add(busy), changed), met | {"now": now, "here": present[i]}
+            changed = changed.at[j].add(1, mode="drop").at[i].set(0, mode="drop")
+            here = i < n
+            return (x, inner, read, due.at[i].add(busy, mode="drop"), changed), met | {"now": now, "here": here}
 
         carry = state.params, state.optimizer, state.read, due, state.changed
         (x, inner, read, due, changed), met = jax.lax.scan(event, carry, jnp.arange(gradients))
         elapsed = jnp.max(jnp.where(met["here"], met["now"], 0.0))
-        due = jnp.where(present, due - elapsed, due)  # who is away does not get on with its work
+        due = jnp.where(works, due - elapsed, due)  # who is away does not get on with its work
         added = jax.tree.map(lambda a: jnp.sum(a, 0), met["added"])
         count = jnp.sum(met["here"])
 

@@ -6,7 +6,7 @@ the two, all who hear it add it to what they know, and models move towards the n
     q_i  = Q(x_i - x^_i);   x^_i <- x^_i + q_i;   x_i <- x_i + gamma sum_j w_ij (x^_j - x^_i)
 
 As models settle so do differences, whatever Q leaves out. A peer need not keep each neighbour's copy: of
-`s_i = sum_j w_ij x^_j` it is sent the changes.
+`d_i = sum_j w_ij (x^_j - x^_i)` it is sent the changes.
 
 Letters of the paper: Q compressor of quality omega, x^ public copy, gamma step size, delta spectral gap,
 beta = |I - W|.
@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jfed import _streams, _validate, compress
+from jfed import _streams, _validate, compress, tree
 from jfed.core import Algorithm, ClientWork
 from jfed.gossip import mix
-from jfed.gossip.decentralised import decentralised, minus, plus
+from jfed.gossip.decentralised import allowed, decentralised, minus, plus
 from jfed.gossip.topology import graph, measures
 
 
@@ -34,8 +34,9 @@ def choco(
 ) -> Algorithm:
     """CHOCO-SGD (Algorithm 2): peers descend their gradients, then gossip by compressed differences.
 
-    All begin with the same model, which is the first public copy, too. A message that is lost leaves its sender and
-    the one who did not hear it with different public copies from then on; so do peers that miss rounds.
+    All begin with the same model, which is the first public copy, too. Public copies must be the same wherever they are
+    kept, else models drift for ever; so a message that not everybody hears, because it was lost or somebody is away,
+    counts for nobody, and its sender's public copy stays as it was. (Peers confirm what they heard before they use it.)
 
     Args:
       work: as in `dpsgd`.
@@ -98,14 +99,13 @@ def _choco(where, work, topology, compressor, step_size, options) -> Algorithm:
     graph.check_symmetric(where, topology)
     _validate.positive(where, "step_size", step_size, "choco_step_size gives a safe one")
     _validate.within(where, "step_size", step_size, 0, 1, "choco_step_size gives a safe one")
-    if options.get("lost") is not None:
-        raise ValueError(f"{where}(lost=...): it decides that itself; leave it out.")
     compressor = optax.with_extra_args_support(compressor)
 
     def memory(params):
-        state = jax.vmap(compressor.init)(params)
+        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
+        state = jax.vmap(compressor.init)(wide)
         state = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), state)
-        return {"public": params, "heard": params, "compressor": state}
+        return {"public": wide, "pull": tree.zeros(wide), "compressor": state}
 
     def step(net, x, g, optimizer, memory):
         if work is not None:
@@ -116,12 +116,18 @@ def _choco(where, work, topology, compressor, step_size, options) -> Algorithm:
             own = jax.random.fold_in(jax.random.fold_in(net.key, _streams.UPLINK), i)
             return compressor.update(change, state, key=own, round=net.round)
 
-        change = minus(x, memory["public"])
-        message, state = jax.vmap(encode)(change, memory["compressor"], jnp.arange(graph.peers(topology)))
+        everybody = jnp.arange(graph.peers(topology))
+        message, state = jax.vmap(encode)(minus(x, memory["public"]), memory["compressor"], everybody)
+        speaks = mix.heard_by_all(topology, net.weights)
         q = jax.vmap(compress.decode)(message)
+        q = tree.select(speaks, q, tree.zeros(q))
+        state = tree.select(speaks, state, memory["compressor"])
         public = plus(memory["public"], q)
-        heard = plus(memory["heard"], net.mix(q, message))
-        x = jax.tree.map(lambda x, s, p: (x + step_size * (s - p)).astype(x.dtype), x, heard, public)
-        return x, optimizer, {"public": public, "heard": heard, "compressor": state}
+        # Sums of differences, so that what all have in common leaves no rounding error behind.
+        pull = plus(memory["pull"], minus(net.mix(q, message, speaks), q))
+        x = jax.tree.map(lambda x, d: (x + step_size * d).astype(x.dtype), x, pull)
+        return x, optimizer, {"public": public, "pull": pull, "compressor": state}
 
-    return decentralised(where, work, topology, step=step, memory=memory, lost=mix.nothing, **options)
+    return decentralised(
+        where, work, topology, step=step, memory=memory, lost=mix.nothing, **allowed(where, options, without=("lost",))
+    )

@@ -45,7 +45,8 @@ def lost_messages(sampler: Sampler, rate: float) -> Sampler:
 def failed_links(sampler: Sampler, rate: float, *, rounds: int = 1, seed: int = 0) -> Sampler:
     """Each link, both ways of it, is down with probability `rate`, for `rounds` rounds on end.
 
-    The mixing matrix then stays symmetric, as peers take their own models in the place of what they do not hear.
+    The mixing matrix of an undirected graph then stays symmetric, as peers take their own models in the place of what
+    they do not hear.
 
     Args:
       sampler: draws the cohort.
@@ -86,9 +87,12 @@ def joining(sampler: Sampler, *, first: Any = 0, last: Any = None) -> Sampler:
 
     def sample(population: Population, key: jax.Array, t: jax.Array) -> Cohort:
         cohort = sampler(population, key, t)
+        n = population.size.shape[0]
 
         def of(value):
             value = jnp.asarray(value)
+            if value.shape not in ((), (n,)):
+                raise ValueError(f"joining: rounds of shape {value.shape} for {n} peers; give one, or [{n}].")
             return jnp.take(value, cohort.ids, mode="clip") if value.ndim else value
 
         there = t >= of(first)

@@ -15,7 +15,7 @@ Letters: W the mixing matrix, x a peer's model, u its update, c its correction.
 
 from jfed import tree
 from jfed.core import Algorithm, ClientWork
-from jfed.gossip.decentralised import decentralised, minus, plus
+from jfed.gossip.decentralised import allowed, decentralised, minus, plus
 from jfed.gossip.topology import graph, measures
 
 
@@ -55,5 +55,5 @@ def d2(work: ClientWork, topology: graph.Topology, **options) -> Algorithm:
         topology,
         step=step,
         memory=lambda params: {"correction": tree.zeros(params), "update": tree.zeros(params)},
-        **options,
+        **allowed("d2", options),
     )

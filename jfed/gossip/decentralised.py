@@ -33,7 +33,7 @@ class PeersState(NamedTuple):
 class Net(NamedTuple):
     """A round, as a method sees it."""
 
-    mix: Callable  # (x, sent=x) -> own_i x_i + sum_j w_ij sent_j, leaves [n, ...]; `sent` may be messages
+    mix: Callable  # (x, sent=x, speaks=everybody) -> own_i x_i + sum_j w_ij sent_j; `sent` may be messages
     hear: Callable  # (sent, slot) -> what each peer hears in the slot, leaves [n, ...]
     descend: Callable  # direction -> (updates, state of the optimizer); none for peers that did not train
     weights: mix.Weights
@@ -128,13 +128,14 @@ def decentralised(
         weights = mixer.alike(weights)
         sizes, heard_sizes = [], {}  # bytes of a peer's messages: to all alike, and by slot
 
-        def mix_fn(x, sent=None):
+        def mix_fn(x, sent=None, speaks=None):
             sent = x if sent is None else sent
-            sizes.append(tree.nbytes(sent) // n)
-            return mixer.combine(x, sent, weights, jax.random.fold_in(server_key, len(sizes)))
+            sizes.append(mixer.nbytes(sent) // n)
+            now = weights if speaks is None else mixer.alike(mix.only_of(topology, weights, mixer.alike(speaks)))
+            return mixer.combine(x, sent, now, jax.random.fold_in(server_key, len(sizes)))
 
         def hear_fn(sent, slot):
-            heard_sizes[slot] = tree.nbytes(sent) // n
+            heard_sizes[slot] = mixer.nbytes(sent) // n
             return mixer.hear(sent, slot, state.round)
 
         net = Net(mix_fn, hear_fn, None, weights, present, server_key, state.round)
@@ -214,6 +215,22 @@ def consensus_distance(params: Tree, *, average: Callable[[Tree], Tree] | None =
         return jnp.sum(jnp.square(x - mean[None]), dtype=jnp.float32)
 
     return jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(squared, params, means))) / n)
+
+
+_OPTIONS = {"optimizer", "client_map", "mixing", "lost", "by_edge"}
+
+
+def allowed(where: str, options: dict, *, without: tuple[str, ...] = ()) -> dict:
+    """What a method's caller may ask `decentralised` for.
+
+    Raises:
+      ValueError: if it is something else, or what the method decides.
+    """
+    for name in options:
+        if name not in _OPTIONS - {*without}:
+            choices = ", ".join(sorted(_OPTIONS - {*without}))
+            raise ValueError(f"{where}({name}=...): it takes {choices}, and decides the rest itself; leave it out.")
+    return options
 
 
 def plus(x: Tree, *changes: Tree) -> Tree:

@@ -11,7 +11,7 @@ Letters: W the mixing matrix, x_i a peer's model, g_i its gradient, eta the rate
 """
 
 from jfed.core import Algorithm, ClientWork
-from jfed.gossip.decentralised import decentralised, plus
+from jfed.gossip.decentralised import allowed, decentralised, plus
 from jfed.gossip.topology import graph
 
 
@@ -47,7 +47,7 @@ def dpsgd(work: ClientWork, topology: graph.Topology, **options) -> Algorithm:
         updates, optimizer = net.descend(g)
         return plus(net.mix(x), updates), optimizer, memory
 
-    return decentralised("dpsgd", work, topology, step=step, **options)
+    return decentralised("dpsgd", work, topology, step=step, **allowed("dpsgd", options))
 
 
 def adapt_then_combine(work: ClientWork, topology: graph.Topology, **options) -> Algorithm:
@@ -70,7 +70,7 @@ def adapt_then_combine(work: ClientWork, topology: graph.Topology, **options) ->
         updates, optimizer = net.descend(g)
         return net.mix(plus(x, updates)), optimizer, memory
 
-    return decentralised("adapt_then_combine", work, topology, step=step, **options)
+    return decentralised("adapt_then_combine", work, topology, step=step, **allowed("adapt_then_combine", options))
 
 
 def combine_then_adapt(work: ClientWork, topology: graph.Topology, **options) -> Algorithm:
@@ -94,4 +94,6 @@ def combine_then_adapt(work: ClientWork, topology: graph.Topology, **options) ->
         x = net.mix(x)
         return x, x
 
-    return decentralised("combine_then_adapt", work, topology, before=before, step=step, **options)
+    return decentralised(
+        "combine_then_adapt", work, topology, before=before, step=step, **allowed("combine_then_adapt", options)
+    )

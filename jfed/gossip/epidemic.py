@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jfed import _validate
 from jfed.core import Algorithm, ClientWork
 from jfed.gossip import mix
-from jfed.gossip.decentralised import decentralised, plus
+from jfed.gossip.decentralised import allowed, decentralised, plus
 from jfed.gossip.topology.graph import Topology
 from jfed.gossip.topology.kinds import complete
 
@@ -70,11 +70,7 @@ def _epidemic(where, work, peers, fanout, links, options) -> Algorithm:
     _validate.at_least_one(where, "peers", peers, "16 would do")
     _validate.at_least_one(where, "fanout", fanout, "the paper takes about log2 of the peers")
     if fanout >= peers:
-        raise ValueError(
-            f"{where}(peers={peers}, fanout={fanout}): there are {peers - 1} others; take at most as many."
-        )
-    if options.get("lost") is not None:
-        raise ValueError(f"{where}(lost=...): a peer averages what it hears; leave it out.")
+        raise ValueError(f"{where}(peers={peers}, fanout={fanout}): tell fewer than all; lower it, or add peers.")
     everybody: Topology = complete(peers)
 
     def step(net, x, g, optimizer, memory):
@@ -83,4 +79,12 @@ def _epidemic(where, work, peers, fanout, links, options) -> Algorithm:
             x = plus(x, updates)
         return net.mix(x), optimizer, memory
 
-    return decentralised(where, work, everybody, step=step, lost=mix.renormalised, links=links, **options)
+    return decentralised(
+        where,
+        work,
+        everybody,
+        step=step,
+        lost=mix.renormalised,
+        links=links,
+        **allowed(where, options, without=("lost",)),
+    )

@@ -11,14 +11,15 @@ Letters: W the mixing matrix, x a peer's model, y its estimate of the mean gradi
 
 from jfed import tree
 from jfed.core import Algorithm, ClientWork
-from jfed.gossip.decentralised import decentralised, minus, plus
+from jfed.gossip.decentralised import allowed, decentralised, minus, plus
 from jfed.gossip.topology import graph
 
 
 def gradient_tracking(work: ClientWork, topology: graph.Topology, **options) -> Algorithm:
     """D-PSGD along tracked gradients; peers send two arrays for every one.
 
-    A peer that does not train goes on with the gradient it had. Lost messages undo what makes it unbiased.
+    A peer that does not train takes no step, and its last gradient stays in the mean. Lost messages undo what makes it
+    unbiased, and so does who is away, or a link that fails, on directed graphs.
 
     Args:
       work: as in `dpsgd`, usually one gradient a round.
@@ -44,5 +45,5 @@ def gradient_tracking(work: ClientWork, topology: graph.Topology, **options) -> 
         topology,
         step=step,
         memory=lambda params: {"mixed": tree.zeros(params), "gradient": tree.zeros(params)},
-        **options,
+        **allowed("gradient_tracking", options),
     )

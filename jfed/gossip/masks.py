@@ -83,7 +83,7 @@ def masked(mixing: mix.Mixing, *, bound: float) -> mix.Mixing:
 
             return jax.tree.map(one, own, neighbours)
 
-        return mixer._replace(combine=combine, hear=_hears_nothing)
+        return mixer._replace(combine=combine, hear=_hears_nothing, nbytes=_nbytes)
 
     return mixing_fn
 
@@ -204,3 +204,7 @@ def _unflat(rows: jax.Array, like: Tree) -> Tree:
 
 def _hears_nothing(sent: Tree, slot: int, round: jax.Array) -> Tree:
     raise ValueError("masked: this method or rule looks at single messages, which masks hide; take one or the other.")
+
+
+def _nbytes(sent: Tree) -> int:
+    return 4 * sum(x.size for x in jax.tree.leaves(sent))

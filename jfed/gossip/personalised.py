@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 
 from jfed.core import Algorithm, ClientWork, Tree
-from jfed.gossip.decentralised import decentralised, plus
+from jfed.gossip.decentralised import allowed, decentralised, plus
 from jfed.gossip.topology import graph
 
 
@@ -44,7 +44,7 @@ def personalised(
         leaves = [leaf if local else next(mixed) for leaf, local in zip(leaves, flags, strict=True)]
         return jax.tree.unflatten(structure, leaves), optimizer, memory
 
-    algorithm = decentralised("personalised", work, topology, step=step, **options)
+    algorithm = decentralised("personalised", work, topology, step=step, **allowed("personalised", options))
 
     def init_fn(params: Tree):
         flags = local_leaves(params)

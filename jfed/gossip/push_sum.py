@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jfed.core import Algorithm, ClientWork
-from jfed.gossip.decentralised import PeersState, decentralised, plus
+from jfed.gossip import mix
+from jfed.gossip.decentralised import allowed, decentralised, plus
 from jfed.gossip.mix import column
 from jfed.gossip.topology import graph
 
@@ -22,11 +23,12 @@ def push_sum(work: ClientWork | None, topology: graph.Topology, **options) -> Al
 
     `state.params` is x; `algorithm.personal` and `algorithm.params` are made of z.
 
-    Of messages that are lost there are two views. By default a peer takes its own x and w in their place, as in
-    experiments of Vogels et al. 2021 (arXiv:2110.04175): w stays 1 where rows add up to 1, and grows where not. With
-    `lost=mix.mass_returned` they are gone with what they weighed, as for peers that do not notice: models are means
-    still, some count less, and averaging alone can do with it for a while; but as w goes to 0 everywhere a step eta of
-    x becomes one of eta / w of the model, and training diverges.
+    A peer keeps what it would send to one that is away. Of messages that are lost there are two views. By default
+    (`mix.mass_replaced`) a peer takes its own x and w in their place, as in experiments of Vogels et al. 2021
+    (arXiv:2110.04175): w stays 1 where rows add up to 1. On graphs where they do not it grows without bound, to an
+    overflow in thousands of rounds with 30 % lost. With `lost=mix.mass_returned` messages are gone with what they
+    weighed, as for peers that do not notice, and w goes to 0. Models are means all the while, in which some count less,
+    but a step eta of x is one of eta / w of the model: training then freezes or diverges.
 
     Args:
       work: as in `dpsgd`.
@@ -47,6 +49,7 @@ def push_sum(work: ClientWork | None, topology: graph.Topology, **options) -> Al
         sent = net.mix({"model": plus(x, updates), "weight": w})
         return sent["model"], optimizer, sent["weight"]
 
+    options = {"lost": mix.mass_replaced} | allowed("push_sum", options)
     return decentralised(
         "push_sum",
         work,
@@ -68,15 +71,17 @@ def biased_push(work: ClientWork | None, topology: graph.Topology, **options) ->
       **options: those of `push_sum`.
 
     Raises:
-      ValueError: as `push_sum`.
+      ValueError: if a column does not add up to 1.
     """
-    algorithm = push_sum(work, topology, **options)
+    graph.check_columns("biased_push", topology)
 
-    def round_fn(state: PeersState, cohort, key):
-        new, metrics = algorithm.round(state, cohort, key)
-        return new._replace(memory=jnp.ones_like(new.memory)), metrics
+    def step(net, x, g, optimizer, memory):
+        updates, optimizer = net.descend(g)
+        return net.mix(plus(x, updates)), optimizer, memory
 
-    return algorithm._replace(round=round_fn)
+    return decentralised(
+        "biased_push", work, topology, step=step, **({"lost": mix.mass_replaced} | allowed("biased_push", options))
+    )
 
 
 def _quotient(x, w):

@@ -15,7 +15,7 @@ import jax
 
 from jfed import _validate, tree
 from jfed.core import Algorithm, ClientWork
-from jfed.gossip.decentralised import decentralised
+from jfed.gossip.decentralised import allowed, decentralised
 from jfed.gossip.topology import graph
 
 
@@ -49,8 +49,9 @@ def quasi_global(
     _validate.within(where, "momentum", momentum, 0, 1, "0.9 is usual")
     _validate.within(where, "buffer_momentum", mu, 0, 1, "leave it out for that of the paper")
     _validate.flags(where, nesterov=nesterov)
-    if options.get("optimizer") is not None:
-        raise ValueError("quasi_global(optimizer=...): it decides that itself; give learning_rate and momentum.")
+    for name, value in (("momentum", momentum), ("buffer_momentum", mu)):
+        if _validate.is_concrete(value) and value >= 1:
+            raise ValueError(f"{where}({name}={value!r}): {name} must be below 1; 0.9 is usual.")
     graph.check_rows(where, topology)
     eta = learning_rate
 
@@ -65,4 +66,6 @@ def quasi_global(
         m = jax.tree.map(lambda m, x, n: (mu * m + (1 - mu) * (x - n) / eta).astype(m.dtype), m, x, new)
         return new, optimizer, m
 
-    return decentralised(where, work, topology, step=step, memory=tree.zeros, **options)
+    return decentralised(
+        where, work, topology, step=step, memory=tree.zeros, **allowed(where, options, without=("optimizer",))
+    )

@@ -18,13 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jfed.core import Algorithm, ClientWork
-from jfed.gossip.decentralised import decentralised, plus
+from jfed.gossip.decentralised import allowed, decentralised, plus
 from jfed.gossip.mix import column
 from jfed.gossip.topology import graph
 
 
 def relay(work: ClientWork, topology: graph.Topology, **options) -> Algorithm:
-    """RelaySGD; a peer remembers a model for each neighbour, and sends as many bytes as in D-PSGD, and a number.
+    """RelaySGD; it sends as many bytes as D-PSGD, and a number with each message.
+
+    What is remembered takes the memory of all models times the most neighbours that anybody has: little on a chain, and
+    much on a star. Sums are of float32 or better.
 
     Args:
       work: as in `dpsgd`.
@@ -35,8 +38,6 @@ def relay(work: ClientWork, topology: graph.Topology, **options) -> Algorithm:
       ValueError: if the topology is no static tree, or `lost` is given.
     """
     graph.check_static("relay", topology)
-    if options.get("lost") is not None:
-        raise ValueError("relay(lost=...): it counts the models that came; leave it out.")
     n, slots = graph.peers(topology), topology.source.shape[1]
     reverse = _reverse(topology)
 
@@ -51,7 +52,7 @@ def relay(work: ClientWork, topology: graph.Topology, **options) -> Algorithm:
             back = jnp.asarray(reverse[s])
             mine = jnp.take_along_axis(counted, back[:, None], 1)[:, 0]
             less = jax.tree.map(lambda m, back=back: _row(m, back), said)
-            out = jax.tree.map(lambda h, a, m: (h + (a - m)).astype(h.dtype), half, all_said, less)
+            out = jax.tree.map(lambda h, a, m: h + (a - m), half, all_said, less)
             got, number = net.hear((out, 1.0 + all_counted - mine), s)
             came = net.weights.came[s]
             told.append(jax.tree.map(lambda m, came=came: jnp.where(column(came, m), m, 0).astype(m.dtype), got))
@@ -67,10 +68,14 @@ def relay(work: ClientWork, topology: graph.Topology, **options) -> Algorithm:
         return jax.tree.map(mean, half, said, x), optimizer, {"said": said, "count": counted}
 
     def memory(params):
-        said = jax.tree.map(lambda x: jnp.zeros((n, slots, *x.shape[1:]), x.dtype), params)
+        said = jax.tree.map(
+            lambda x: jnp.zeros((n, slots, *x.shape[1:]), jnp.promote_types(x.dtype, jnp.float32)), params
+        )
         return {"said": said, "count": jnp.zeros((n, slots))}
 
-    return decentralised("relay", work, topology, step=step, memory=memory, **options)
+    return decentralised(
+        "relay", work, topology, step=step, memory=memory, **allowed("relay", options, without=("lost",))
+    )
 
 
 def _row(m: jax.Array, slot: jax.Array) -> jax.Array:

@@ -50,7 +50,7 @@ def robust(
 
     Guarantees:
       * What honest peers send arrives as it is; between liars nothing is changed.
-      * What did not come is no part of the rule, whatever the method's `lost` puts in its place.
+      * What did not come is no part of the rule; a peer's own weight is what the method's `lost` makes of it.
       * On a mesh only what `mixing` itself would permute travels.
 
     All that a peer hears in a round is held at once: S times the models of all peers.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jfed import _validate, tree
+from jfed import _validate, gossip, tree
 from jfed.clients import lanes
 from jfed.core import Algorithm, ClientMap, ClientWork, Population, Shared, Tree, make_cohort
 from jfed.local import client_rows
@@ -124,8 +124,8 @@ def evaluate_peers(
 
     Args:
       metrics: `(params, batch) -> {name: (total [B], count [B])}`.
-      algorithm: of `jfed.gossip`, or another whose clients have models of their own.
-      state: its state, whose `params` has leaves [n, ...].
+      algorithm: of `jfed.gossip`.
+      state: its state.
       examples: leaves [E, ...].
       batch_size: examples at once; it does not change the result.
       client_map: how many models are judged at once; by default `lanes(16)`.
@@ -134,10 +134,13 @@ def evaluate_peers(
       `{name: Scores}`.
 
     Raises:
-      ValueError: if the algorithm has no models of clients' own, or `batch_size` is not a whole number of at least 1.
+      ValueError: if the state is not one of peers, or `batch_size` is not a whole number of at least 1.
     """
-    if algorithm.personal is None:
-        raise ValueError("evaluate_peers(algorithm): its clients have no models of their own; use run.evaluate.")
+    if not isinstance(state, gossip.PeersState | gossip.PairsState):
+        raise ValueError(
+            f"evaluate_peers(state of {type(state).__name__}): peers are those of jfed.gossip; use run.evaluate, or "
+            "run.evaluate_clients with personal=."
+        )
     n = jax.tree.leaves(state.params)[0].shape[0]
     size = jax.tree.leaves(examples)[0].shape[0]
     everyone = Population(examples, jnp.zeros(n, jnp.int32), jnp.full(n, size, jnp.int32))

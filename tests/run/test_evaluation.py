@@ -104,5 +104,6 @@ def test_all_peers_models_and_their_average_are_judged_on_the_same_examples():
 
 
 def test_methods_whose_clients_have_no_models_of_their_own_are_refused():
-    with pytest.raises(ValueError, match="no models of their own; use run.evaluate"):
-        run.evaluate_peers(problem.metrics, fedavg(local.gradient(problem.loss)), None, POPULATION.examples)
+    algorithm = fedavg(local.gradient(problem.loss))
+    with pytest.raises(ValueError, match="peers are those of jfed.gossip; use run.evaluate"):
+        run.evaluate_peers(problem.metrics, algorithm, algorithm.init(PARAMS), POPULATION.examples)

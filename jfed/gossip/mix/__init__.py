@@ -6,7 +6,7 @@ the same result. What came through in a round, and with which weights, is data (
 peers leave within one compiled program. Sums are taken of differences, `x_i + sum_j w_ij (x_j - x_i)` where weights add
 up to 1, so that peers who agree stay where they are to the last bit.
 
-    weights      what messages weigh: own_instead  renormalised  nothing_instead  nothing  mass_returned
+    weights      what messages weigh: own_instead  renormalised  nothing_instead  nothing  mass_returned  mass_replaced
     mixer        the type
     one_device   dense  sparse  automatic
     devices      on_mesh
@@ -19,9 +19,12 @@ from jfed.gossip.mix.weights import (
     Coming,
     Lost,
     Weights,
+    heard_by_all,
+    mass_replaced,
     mass_returned,
     nothing,
     nothing_instead,
+    only_of,
     own_instead,
     renormalised,
     weights_of,
@@ -37,10 +40,13 @@ __all__ = [
     "column",
     "decoded",
     "dense",
+    "heard_by_all",
+    "mass_replaced",
     "mass_returned",
     "nothing",
     "nothing_instead",
     "on_mesh",
+    "only_of",
     "own_instead",
     "renormalised",
     "sparse",

@@ -70,6 +70,8 @@ def on_mesh(mesh: Mesh, *, axis: str = "peers") -> Mixing:
 
         def place(tree: Tree) -> Tree:
             def one(x):
+                if isinstance(x, jax.core.Tracer):
+                    return apart(x) if x.ndim and x.shape[0] == n else everywhere(x)
                 spec = split if jnp.ndim(x) and jnp.shape(x)[0] == n else alike
                 x, sharding = np.asarray(x), NamedSharding(mesh, spec)
                 return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
@@ -127,7 +129,8 @@ def _mixed(blocks: Blocks, own: Tree, sent: Tree, whole: jax.Array, heard: jax.A
         rows = parts[1:] if x.shape[0] == 1 else jnp.concatenate(parts)
         for s in range(heard.shape[0]):
             row = rows[s] if x.shape[0] == 1 else jnp.take(rows, place[s], axis=0)
-            mixed = mixed + column(heard[s], x) * (row - x)
+            weight = column(heard[s], x)
+            mixed = mixed + jnp.where(weight != 0, weight * (row - x), 0)
         return mixed.astype(x.dtype)
 
     return jax.tree.map(one, own, *parts)

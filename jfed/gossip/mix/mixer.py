@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jfed import compress
 from jfed.core import Tree
 from jfed.gossip.topology.graph import Topology
-from jfed.tree import total
+from jfed.tree import nbytes, total
 
 
 def _as_it_is(tree: Tree) -> Tree:
@@ -32,6 +32,7 @@ class Mixer(NamedTuple):
     place: Callable = _as_it_is  # tree -> the same, leaves [n, ...] where their peers are, others everywhere
     alike: Callable = _as_it_is  # small tree -> the same on all devices, in a program
     apart: Callable = _as_it_is  # leaves [n, ...] -> the same, rows with their peers, in a program
+    nbytes: Callable = nbytes  # what all peers are to send, leaves [n, ...] -> bytes of it on the wire
     average: Callable = _average  # leaves [n, ...] -> their mean, leaves [...]
 
 

@@ -16,7 +16,10 @@ from jfed.gossip.topology.graph import Topology, peers, period
 
 
 def dense() -> Mixing:
-    """A product with the mixing matrix: for graphs in which most peers hear each other. On one device."""
+    """A product with the mixing matrix: for graphs in which most peers hear each other. On one device.
+
+    A number that is not finite, of a peer that anybody hears, reaches everybody, as 0 times it is not 0.
+    """
 
     def mixing(topology: Topology) -> Mixer:
         n = peers(topology)
@@ -26,17 +29,24 @@ def dense() -> Mixing:
             source = jnp.asarray(topology.source)[weights.round % period(topology)]
             me = jnp.broadcast_to(jnp.arange(n)[None], source.shape)
             matrix = jnp.zeros((n, n)).at[me, source].add(weights.heard)
+            spoken = jnp.any(matrix != 0, axis=0)  # who is heard by anybody
+            hears = jnp.any(matrix != 0, axis=1)
 
             def product(x):
                 rows = jnp.matmul(matrix, x.reshape(n, -1), precision=lax.Precision.HIGHEST)
                 return rows.reshape(x.shape)
 
             def one(x, y):
-                if sent is own:  # of differences to anybody's, which are 0 where all agree
-                    y = x - x[:1]
-                    mixed = column(weights.total, x) * x - column(jnp.sum(weights.heard, 0), x) * y + product(y)
+                if sent is own:  # of differences to somebody's who is heard, which are 0 where all agree
+                    z = x - jnp.take(x, jnp.argmax(spoken), axis=0)[None]
+                    y = jnp.where(column(spoken, x), z, 0)
+                    mixed = (
+                        column(weights.total, x) * x
+                        - jnp.where(column(hears, x), column(jnp.sum(weights.heard, 0), x) * z, 0)
+                        + product(y)
+                    )
                 else:
-                    mixed = column(weights.own, x) * x + product(y)
+                    mixed = column(weights.own, x) * x + product(jnp.where(column(spoken, y), y, 0))
                 return mixed.astype(x.dtype)
 
             return jax.tree.map(one, own, own if sent is own else decoded(sent))
@@ -59,7 +69,8 @@ def sparse() -> Mixing:
                 mixed = column(weights.total, x) * x
 
                 def add(s, mixed):
-                    return mixed + column(weights.heard[s], y) * (jnp.take(y, source[s], axis=0) - x)
+                    heard = column(weights.heard[s], y)
+                    return mixed + jnp.where(heard != 0, heard * (jnp.take(y, source[s], axis=0) - x), 0)
 
                 slots = source.shape[0]
                 if slots > _UNROLLED:

@@ -43,10 +43,14 @@ def own_instead(own: jax.Array, heard: jax.Array, coming: Coming) -> tuple[jax.A
 
 
 def renormalised(own: jax.Array, heard: jax.Array, coming: Coming) -> tuple[jax.Array, jax.Array]:
-    """The weights of what did come are scaled so that they add up to what all would have; own ones must be above 0."""
+    """The weights of what did come are scaled so that they add up to what all would have.
+
+    A peer that has no weight of its own, and hears nobody, keeps its model.
+    """
     left = jnp.where(coming.came, heard, 0.0)
-    scale = (own + jnp.sum(heard, 0)) / (own + jnp.sum(left, 0))
-    return own * scale, left * scale[None]
+    whole, rest = own + jnp.sum(heard, 0), own + jnp.sum(left, 0)
+    scale = whole / jnp.where(rest > 0, rest, 1.0)
+    return jnp.where(rest > 0, own * scale, whole), left * scale[None]
 
 
 def nothing_instead(own: jax.Array, heard: jax.Array, coming: Coming) -> tuple[jax.Array, jax.Array]:
@@ -64,6 +68,12 @@ def mass_returned(own: jax.Array, heard: jax.Array, coming: Coming) -> tuple[jax
     """For shares of what a peer has, columns: it keeps what it would send to one away; what is lost is lost."""
     kept = jnp.zeros_like(own).at[coming.source].add(jnp.where(coming.linked, 0.0, heard))
     return own + kept, jnp.where(coming.came, heard, 0.0)
+
+
+def mass_replaced(own: jax.Array, heard: jax.Array, coming: Coming) -> tuple[jax.Array, jax.Array]:
+    """As `mass_returned`, but in the place of what is lost on its way a peer takes its own."""
+    kept, left = mass_returned(own, heard, coming)
+    return kept + jnp.sum(jnp.where(coming.linked & ~coming.came, heard, 0.0), 0), left
 
 
 def weights_of(
@@ -85,7 +95,10 @@ def weights_of(
       links: [n, n] bool, `links[i, j]`: j sends to i in this round; by default all do that are to be heard.
       lost: what replaces a message.
     """
-    t = round % period(topology)
+    n, t = peers(topology), round % period(topology)
+    for name, flags in (("arrives", arrives), ("links", links)):
+        if flags is not None and flags.shape != (n, n):
+            raise ValueError(f"weights_of({name} of shape {flags.shape}): there are {n} peers; give [{n}, {n}].")
     own = jnp.asarray(topology.own, jnp.float32)[t]
     heard = jnp.asarray(topology.weight, jnp.float32)[t]
     source = jnp.asarray(topology.source)[t]
@@ -96,6 +109,23 @@ def weights_of(
     came = linked if arrives is None else linked & (nobody | arrives[me, source])
     own, heard = lost(own, heard, Coming(source, came, linked))
     own = jnp.where(present, own, 1.0)
+    return Weights(own, heard, came & ~nobody, linked & ~nobody, round, _total(own, heard))
+
+
+def only_of(topology: Topology, weights: Weights, speaks: jax.Array) -> Weights:
+    """The weights where only what peers of `speaks` [n] sent counts, and nothing takes the place of the rest."""
+    source = jnp.asarray(topology.source)[weights.round % period(topology)]
+    heard = jnp.where(speaks[source], weights.heard, 0.0)
+    return weights._replace(heard=heard, total=_total(weights.own, heard))
+
+
+def heard_by_all(topology: Topology, weights: Weights) -> jax.Array:
+    """Who was heard by all who were to hear it: [n] bool."""
+    source = jnp.asarray(topology.source)[weights.round % period(topology)]
+    missed = ~weights.came & (source != jnp.arange(peers(topology))[None])
+    return ~jnp.zeros(peers(topology), bool).at[source].max(missed)
+
+
+def _total(own: jax.Array, heard: jax.Array) -> jax.Array:
     whole = own + jnp.sum(heard, 0)
-    whole = jnp.where(jnp.abs(whole - 1) < TOLERANCE, 1.0, whole)
-    return Weights(own, heard, came & ~nobody, linked & ~nobody, round, whole)
+    return jnp.where(jnp.abs(whole - 1) < TOLERANCE, 1.0, whole)

@@ -19,7 +19,7 @@ from jfed.gossip.topology.random_graphs import generator
 def one_peer_exponential(n: int) -> Topology:
     """In round t everyone averages with whoever is 2^(t mod P) further on, P = ceil(log2 n); directed.
 
-    If n is a power of 2, P rounds from the first of a period on make the exact mean. Source: Assran et al. 2018
+    If n is a power of 2, P rounds from the first of a period on make the exact mean. Source: Assran et al. 2019
     (arXiv:1811.10792); that the mean is exact, Ying et al. 2021 (arXiv:2110.13363).
 
     Args:
