@@ -36,4 +36,6 @@ def averaging(topology: graph.Topology, **options) -> Algorithm:
     def step(net, x, g, optimizer, memory):
         return net.mix(x), optimizer, memory
 
-    return decentralised("averaging", None, topology, step=step, **allowed("averaging", options))
+    return decentralised(
+        "averaging", None, topology, step=step, **allowed("averaging", options, without=("optimizer",))
+    )
