@@ -230,3 +230,30 @@ def test_a_stochastic_gradient_is_the_mean_over_examples_drawn_without_replaceme
 def test_stochastic_gradients_of_an_epochs_batches_average_to_the_gradient():
     found, _ = run_alone(local.stochastic_gradient(problem.loss, batch_size=4), 3, steps=3)
     close(found, numpy_gradient({k: np.asarray(v) for k, v in PARAMS.items()}, *examples_of(3).values()))
+
+
+def test_a_stochastic_gradient_of_a_second_epoch_meets_other_batches_with_other_keys():
+    def loss(w, batch, key):
+        return w * (batch["x"][:, 0] + jax.random.uniform(key))
+
+    work = local.stochastic_gradient(loss, batch_size=4)
+
+    cohort = cohort_of([3], work)
+    shared = Shared(jnp.float32(1.0), cohort.examples, KEY, jnp.int32(0))
+    client = tree.take(cohort._replace(examples=()), 0)
+
+    def met(t):
+        """What step t adds: the sum over its batch, with what is drawn."""
+        carry = work.step(shared, client, work.start(shared, client), jnp.int32(t))
+        return float(carry.so_far.gradient)
+
+    plain = local.stochastic_gradient(lambda w, batch, key: w * batch["x"][:, 0], batch_size=4)
+
+    def examples_alone(t):
+        return float(plain.step(shared, client, plain.start(shared, client), jnp.int32(t)).so_far.gradient)
+
+    drawn = {round(met(t) - examples_alone(t), 5) for t in range(6)}
+    assert len(drawn) == 6  # a key for every step
+    first, second = ([round(examples_alone(t), 5) for t in range(i, i + 3)] for i in (0, 3))
+    assert sorted(first) != sorted(second)  # epochs are shuffled anew
+    np.testing.assert_allclose(sum(first), sum(second), atol=1e-4)  # and meet the same examples

@@ -60,10 +60,10 @@ def decentralised(
 ) -> Algorithm:
     """Builds a method without a server out of what a peer makes of its gradient and its neighbours.
 
-    The cohort's clients are peers: client i is peer i, absent ones are away (they neither train, send nor hear, and
-    keep all they have), `steps` are the local steps of each, `weight` above 0 means present and nothing more. What is
-    under way from peer to peer is lost where `cohort.state`, an array [C, n] bool if given, is False: row k tells what
-    the client in slot k hears of each peer (`gossip.conditions`).
+    The cohort's clients are peers, of a population of n clients and no other: client i is peer i. Absent ones are away
+    (they neither train, send nor hear, and keep all they have), `steps` are the local steps of each, `weight` above 0
+    means present and nothing more. What is under way from peer to peer is lost where `cohort.state`, an array [C, n] of
+    bool if given, is False: row k tells what the client in slot k hears of each peer (`gossip.conditions`).
 
     Guarantees:
       * A peer whose pseudo-gradient is not finite does not train in that round, but communicates; it is counted under

@@ -19,7 +19,7 @@ def personalised(
     """Adapt, then combine, over the leaves that are not local.
 
     Local leaves cost no bytes. `algorithm.personal` is a peer's own model; `algorithm.params` has the average of local
-    leaves, too.
+    leaves, too, and `"consensus"` is of all leaves.
 
     Args:
       work: as in `dpsgd`.

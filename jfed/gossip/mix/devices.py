@@ -89,7 +89,7 @@ def on_mesh(mesh: Mesh, *, axis: str = "peers") -> Mixing:
             sums = lax.psum(total(tree), axis)
             return jax.tree.map(lambda x, s: (s / n).astype(x.dtype), tree, sums)
 
-        return Mixer(topology, combine, hear, place, everywhere, apart, average)
+        return Mixer(topology, combine, hear, place, everywhere, apart, average=average)
 
     return mixing
 
