@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jfed import _validate, gossip, tree
+from jfed import _validate, tree
 from jfed.clients import lanes
 from jfed.core import Algorithm, ClientMap, ClientWork, Population, Shared, Tree, make_cohort
 from jfed.local import client_rows
@@ -136,6 +136,8 @@ def evaluate_peers(
     Raises:
       ValueError: if the state is not one of peers, or `batch_size` is not a whole number of at least 1.
     """
+    from jfed import gossip  # whoever has no peers need not wait for it
+
     if not isinstance(state, gossip.PeersState | gossip.PairsState):
         raise ValueError(
             f"evaluate_peers(state of {type(state).__name__}): peers are those of jfed.gossip; use run.evaluate, or "
