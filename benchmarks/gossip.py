@@ -60,7 +60,7 @@ def row(name: str, peers: int, rounds: int, cores: int | None) -> dict:
     params = model.init(jax.random.key(0))
     found = {"parameters": sum(x.size for x in jax.tree.leaves(params))}
     trains = gossip.adapt_then_combine(work, graph, optimizer=optax.sgd(0.05, momentum=0.9), **how)
-    mixes = gossip.averaging(graph, **how)
+    mixes = gossip.averaging(graph, mixing=how.get("mixing"))
     for what, algorithm in (("round", trains), ("mixing", mixes)):
         state = algorithm.init(params)
         moments = run.iterate(

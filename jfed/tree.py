@@ -116,3 +116,8 @@ def count_bytes(nbytes: int, whom: jax.Array) -> jax.Array:
 def number_of_bytes(nbytes: int) -> np.generic:
     """As it is counted: uint32, exact, below 2 GiB, then float32."""
     return np.uint32(nbytes) if nbytes < 2**31 else np.float32(nbytes)
+
+
+def name_of(path: tuple) -> str:
+    """The path of a leaf, as `jax.tree.leaves_with_path` gives it, as names joined by `/`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")

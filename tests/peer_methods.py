@@ -114,11 +114,17 @@ def on(devices):
     return {"mixing": mix.on_mesh(devices), "client_map": stationary(devices, lanes(2), axis="peers")}
 
 
+def make(name, **how):
+    """The method, run so; what does not train has no client map, and what runs on one device no mixing."""
+    without = {"client_map"} if name not in TRAINS else {"mixing"} if name not in MIXES else set()
+    return METHODS[name](**{option: value for option, value in how.items() if option not in without})
+
+
 def main(folder):
     """Writes what this process has of each method's state, and the metrics."""
     devices = mesh.make((8,), ("peers",))
     for name in MIXES:
-        algorithm = METHODS[name](**on(devices))
+        algorithm = make(name, **on(devices))
         one_round = jax.jit(algorithm.round)
         state, metrics = rounds(algorithm, one_round)
         parts = {}

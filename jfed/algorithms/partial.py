@@ -58,7 +58,7 @@ def _partially_local(
 ) -> Algorithm:
     def split(params: Tree) -> tuple[Tree, Tree]:
         """`(shared, local)`, each with None for the other's leaves."""
-        local = jax.tree.map_with_path(lambda path, _: bool(is_local(_name(path))), params)
+        local = jax.tree.map_with_path(lambda path, _: bool(is_local(tree.name_of(path))), params)
         return (
             jax.tree.map(lambda flag, x: None if flag else x, local, params),
             jax.tree.map(lambda flag, x: x if flag else None, local, params),
@@ -86,7 +86,7 @@ def _partially_local(
     def init_fn(params: Tree) -> FederatedState:
         shared, own = split(jax.tree.map(jnp.asarray, params))
         if not jax.tree.leaves(shared) or not jax.tree.leaves(own):
-            names = [_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+            names = [tree.name_of(path) for path, _ in jax.tree.leaves_with_path(params)]
             raise ValueError(
                 f"{where}(is_local): it holds for {'all' if jax.tree.leaves(own) else 'none'} of {names}; name some of "
                 "them and leave others."
@@ -144,7 +144,7 @@ def fedrep(work: ClientWork, *, is_local: Mask, head_epochs: int, num_clients: i
             """The part whose turn it is; an optimizer may move the other by momentum."""
 
             def one(path, u):
-                return jnp.where(flag if is_local(_name(path)) else ~flag, u, jnp.zeros_like(u))
+                return jnp.where(flag if is_local(tree.name_of(path)) else ~flag, u, jnp.zeros_like(u))
 
             return jax.tree.map_with_path(one, updates)
 
@@ -161,7 +161,3 @@ def fedrep(work: ClientWork, *, is_local: Mask, head_epochs: int, num_clients: i
 
 def _merge(shared: Tree, own: Tree) -> Tree:
     return jax.tree.map(lambda a, b: b if a is None else a, shared, own, is_leaf=lambda x: x is None)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -82,7 +82,8 @@ def ad_psgd(
         inner = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), jax.vmap(optimizer.init)(everyone))
         zeros = jnp.zeros(n, jnp.int32)
         undrawn = jnp.full(n, jnp.nan)
-        return PairsState(everyone, inner, everyone, undrawn, zeros, jnp.zeros((), jnp.int32))
+        read = jax.tree.map(jnp.array, everyone)  # a copy, so that a state may be given away
+        return PairsState(everyone, inner, read, undrawn, zeros, jnp.zeros((), jnp.int32))
 
     def round_fn(state: PairsState, cohort: Cohort, key: jax.Array) -> tuple[PairsState, dict]:
         clients, arrives = by_peer("ad_psgd", cohort, n)

@@ -5,7 +5,7 @@ Xiao and Boyd 2004 (Fast linear iterations for distributed averaging).
 """
 
 from jfed.core import Algorithm
-from jfed.gossip.decentralised import allowed, decentralised
+from jfed.gossip.decentralised import adapt_then_mix, allowed, decentralised
 from jfed.gossip.topology import graph
 
 
@@ -33,9 +33,4 @@ def averaging(topology: graph.Topology, **options) -> Algorithm:
     """
     graph.check_rows("averaging", topology)
 
-    def step(net, x, g, optimizer, memory):
-        return net.mix(x), optimizer, memory
-
-    return decentralised(
-        "averaging", None, topology, step=step, **allowed("averaging", options, without=("optimizer",))
-    )
+    return decentralised("averaging", None, topology, step=adapt_then_mix, **allowed("averaging", options))

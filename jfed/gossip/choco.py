@@ -102,15 +102,15 @@ def _choco(where, work, topology, compressor, step_size, options) -> Algorithm:
     compressor = optax.with_extra_args_support(compressor)
 
     def memory(params):
-        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
+        # A copy, so that a state may be given away.
+        wide = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32)), params)
         state = jax.vmap(compressor.init)(wide)
         state = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), state)
         return {"public": wide, "pull": tree.zeros(wide), "compressor": state}
 
     def step(net, x, g, optimizer, memory):
-        if work is not None:
-            updates, optimizer = net.descend(g)
-            x = plus(x, updates)
+        updates, optimizer = net.descend(g)
+        x = plus(x, updates)
 
         def encode(change, state, i):
             own = jax.random.fold_in(jax.random.fold_in(net.key, _streams.UPLINK), i)

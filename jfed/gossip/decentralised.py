@@ -98,9 +98,11 @@ def decentralised(
     Raises:
       ValueError: if what is given is no topology; when traced, if messages are lost by an array of another shape.
     """
-    if not isinstance(topology, graph.Topology):
-        raise ValueError(f"{where}(topology={topology!r}): give one of jfed.gossip.topology, such as ring(16).")
+    graph.check(where, topology)
     _validate.flags(where, by_edge=by_edge)
+    for name, given in (("optimizer", optimizer), ("client_map", client_map)):
+        if work is None and given is not None:
+            raise ValueError(f"{where}({name}=...): without work there is no training; leave it out.")
     n = graph.peers(topology)
     optimizer = optax.with_extra_args_support(optax.sgd(1.0) if optimizer is None else optimizer)
     client_map = lanes(16) if client_map is None else client_map
@@ -175,6 +177,12 @@ def decentralised(
         params=lambda state: mixer.average(model(state.params, state.memory)),
         personal=lambda state, i: model(tree.take(state.params, i), tree.take(state.memory, i)),
     )
+
+
+def adapt_then_mix(net: Net, x: Tree, g: Tree, optimizer: Tree, memory: Tree) -> tuple[Tree, Tree, Tree]:
+    """The step of methods that descend, then average, and remember nothing."""
+    updates, optimizer = net.descend(g)
+    return net.mix(plus(x, updates)), optimizer, memory
 
 
 def by_peer(where: str, cohort: Cohort, n: int) -> tuple[Cohort, jax.Array | None]:

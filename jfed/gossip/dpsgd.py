@@ -11,7 +11,7 @@ Letters: W the mixing matrix, x_i a peer's model, g_i its gradient, eta the rate
 """
 
 from jfed.core import Algorithm, ClientWork
-from jfed.gossip.decentralised import allowed, decentralised, plus
+from jfed.gossip.decentralised import adapt_then_mix, allowed, decentralised, plus
 from jfed.gossip.topology import graph
 
 
@@ -66,11 +66,9 @@ def adapt_then_combine(work: ClientWork, topology: graph.Topology, **options) ->
     """
     graph.check_rows("adapt_then_combine", topology)
 
-    def step(net, x, g, optimizer, memory):
-        updates, optimizer = net.descend(g)
-        return net.mix(plus(x, updates)), optimizer, memory
-
-    return decentralised("adapt_then_combine", work, topology, step=step, **allowed("adapt_then_combine", options))
+    return decentralised(
+        "adapt_then_combine", work, topology, step=adapt_then_mix, **allowed("adapt_then_combine", options)
+    )
 
 
 def combine_then_adapt(work: ClientWork, topology: graph.Topology, **options) -> Algorithm:

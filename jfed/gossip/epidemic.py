@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jfed import _validate
 from jfed.core import Algorithm, ClientWork
 from jfed.gossip import mix
-from jfed.gossip.decentralised import allowed, decentralised, plus
+from jfed.gossip.decentralised import adapt_then_mix, allowed, decentralised
 from jfed.gossip.topology.graph import Topology
 from jfed.gossip.topology.kinds import complete
 
@@ -73,17 +73,11 @@ def _epidemic(where, work, peers, fanout, links, options) -> Algorithm:
         raise ValueError(f"{where}(peers={peers}, fanout={fanout}): tell fewer than all; lower it, or add peers.")
     everybody: Topology = complete(peers)
 
-    def step(net, x, g, optimizer, memory):
-        if work is not None:
-            updates, optimizer = net.descend(g)
-            x = plus(x, updates)
-        return net.mix(x), optimizer, memory
-
     return decentralised(
         where,
         work,
         everybody,
-        step=step,
+        step=adapt_then_mix,
         lost=mix.renormalised,
         links=links,
         **allowed(where, options, without=("lost",)),

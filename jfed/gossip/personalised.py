@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 
+from jfed import tree
 from jfed.core import Algorithm, ClientWork, Tree
 from jfed.gossip.decentralised import allowed, decentralised, plus
 from jfed.gossip.topology import graph
@@ -33,7 +34,7 @@ def personalised(
     graph.check_rows("personalised", topology)
 
     def local_leaves(params: Tree) -> list[bool]:
-        return [bool(is_local(_name(path))) for path, _ in jax.tree.leaves_with_path(params)]
+        return [bool(is_local(tree.name_of(path))) for path, _ in jax.tree.leaves_with_path(params)]
 
     def step(net, x, g, optimizer, memory):
         updates, optimizer = net.descend(g)
@@ -49,7 +50,7 @@ def personalised(
     def init_fn(params: Tree):
         flags = local_leaves(params)
         if all(flags) or not any(flags):
-            names = [_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+            names = [tree.name_of(path) for path, _ in jax.tree.leaves_with_path(params)]
             raise ValueError(
                 f"personalised(is_local): it holds for {sum(flags)} of the leaves {names}; some must be local and some "
                 "shared."
@@ -57,7 +58,3 @@ def personalised(
         return algorithm.init(params)
 
     return algorithm._replace(init=init_fn)
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jfed.core import Algorithm, ClientWork
 from jfed.gossip import mix
-from jfed.gossip.decentralised import allowed, decentralised, plus
+from jfed.gossip.decentralised import adapt_then_mix, allowed, decentralised, plus
 from jfed.gossip.mix import column
 from jfed.gossip.topology import graph
 
@@ -75,12 +75,12 @@ def biased_push(work: ClientWork | None, topology: graph.Topology, **options) ->
     """
     graph.check_columns("biased_push", topology)
 
-    def step(net, x, g, optimizer, memory):
-        updates, optimizer = net.descend(g)
-        return net.mix(plus(x, updates)), optimizer, memory
-
     return decentralised(
-        "biased_push", work, topology, step=step, **({"lost": mix.mass_replaced} | allowed("biased_push", options))
+        "biased_push",
+        work,
+        topology,
+        step=adapt_then_mix,
+        **({"lost": mix.mass_replaced} | allowed("biased_push", options)),
     )
 
 

@@ -48,10 +48,7 @@ def over(names):
 @functools.lru_cache(maxsize=4)
 def compiled(method, how):
     """The algorithm, its compiled round, and the list of its traces."""
-    options = HOW[how]()
-    if method == "ad_psgd":
-        options.pop("mixing", None)
-    algorithm, traces = METHODS[method](**options), []
+    algorithm, traces = peer_methods.make(method, **HOW[how]()), []
 
     def one_round(state, cohort, key):
         traces.append(method)
@@ -132,6 +129,13 @@ def test_a_run_saved_and_restored_goes_on_in_the_same_bits(method, tmp_path):
         *(jax.tree.leaves(one_round(s, peer_methods.sampler(1), KEY)) for s in (state, restored)), strict=True
     ):
         np.testing.assert_array_equal(a, b)
+
+
+@over(METHODS)
+def test_a_state_may_be_given_away(method):
+    algorithm, _, _ = compiled(method, "as it comes")
+    leaves = jax.tree.leaves(algorithm.init(problem.PARAMS))
+    assert len({x.unsafe_buffer_pointer() for x in leaves if x.size}) == len([x for x in leaves if x.size])
 
 
 @pytest.mark.slow

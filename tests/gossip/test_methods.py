@@ -129,7 +129,7 @@ def test_matrices_that_a_method_cannot_do_with_are_refused_by_name():
     with pytest.raises(ValueError, match="peer 0 gives its own model no weight"):
         gossip.push_sum(None, topology.from_matrix(np.roll(np.eye(3), 1, 0)))
     with pytest.raises(ValueError, match="give one of jfed.gossip.topology"):
-        gossip.averaging.__globals__["decentralised"]("dpsgd", GRADIENT, W, step=None)
+        gossip.dpsgd(GRADIENT, W)
 
 
 # --- what they reduce to ---------------------------------------------------------------------------------------------

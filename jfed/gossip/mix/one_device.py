@@ -26,7 +26,7 @@ def dense() -> Mixing:
 
         def combine(own: Tree, sent: Tree, weights: Weights, key: jax.Array) -> Tree:
             del key
-            source = jnp.asarray(topology.source)[weights.round % period(topology)]
+            source = _of_round(topology, weights.round)
             me = jnp.broadcast_to(jnp.arange(n)[None], source.shape)
             matrix = jnp.zeros((n, n)).at[me, source].add(weights.heard)
             spoken = jnp.any(matrix != 0, axis=0)  # who is heard by anybody
@@ -74,7 +74,7 @@ def sparse() -> Mixing:
 
                 slots = source.shape[0]
                 if slots > _UNROLLED:
-                    return lax.fori_loop(0, slots, lambda s, mixed: add(s, mixed), mixed).astype(x.dtype)
+                    return lax.fori_loop(0, slots, add, mixed).astype(x.dtype)
                 for s in range(slots):
                     mixed = add(s, mixed)
                 return mixed.astype(x.dtype)

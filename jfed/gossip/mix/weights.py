@@ -32,8 +32,6 @@ class Coming(NamedTuple):
 
 
 Lost = Callable[[jax.Array, jax.Array, Coming], tuple[jax.Array, jax.Array]]
-
-
 """`(own [n], heard [S, n], coming) -> (own, heard)`: the weights of a round in which not everything came."""
 
 
@@ -102,7 +100,7 @@ def weights_of(
     own = jnp.asarray(topology.own, jnp.float32)[t]
     heard = jnp.asarray(topology.weight, jnp.float32)[t]
     source = jnp.asarray(topology.source)[t]
-    me = jnp.arange(peers(topology))[None]
+    me = jnp.arange(n)[None]
     nobody = source == me
     linked = present[None] & present[source]
     linked = nobody | (linked if links is None else linked & links[me, source])

@@ -163,12 +163,26 @@ def pairs(topology: Topology, t: int = 0) -> list[list[tuple[int, int]]]:
     return [[(int(j), i) for i, j in enumerate(row) if i != j] for row in rows]
 
 
+def check(where: str, topology: Topology) -> None:
+    """Refuses what is no topology, such as a bare matrix.
+
+    Raises:
+      ValueError: saying what to do about it.
+    """
+    if not isinstance(topology, Topology):
+        raise ValueError(
+            f"{where}(topology of {type(topology).__name__}): give one of jfed.gossip.topology, such as ring(16), or "
+            "from_matrix(...)."
+        )
+
+
 def check_rows(where: str, topology: Topology) -> None:
     """Refuses weights of which not every row adds up to 1: what a peer makes of models would be no mean of them.
 
     Raises:
       ValueError: naming the row.
     """
+    check(where, topology)
     sums = topology.own + topology.weight.sum(1)
     if _off(sums):
         raise ValueError(
@@ -183,6 +197,7 @@ def check_columns(where: str, topology: Topology) -> None:
     Raises:
       ValueError: naming the column.
     """
+    check(where, topology)
     sums = topology.own.copy()
     for t, slots in enumerate(topology.source):
         np.add.at(sums[t], slots, topology.weight[t])
@@ -199,6 +214,7 @@ def check_keeps(where: str, topology: Topology) -> None:
     Raises:
       ValueError: naming the peer.
     """
+    check(where, topology)
     bad = np.argwhere(topology.own <= 0)
     if bad.size:
         t, i = bad[0]
@@ -214,6 +230,7 @@ def check_symmetric(where: str, topology: Topology) -> None:
     Raises:
       ValueError: naming two peers.
     """
+    check(where, topology)
     w = matrices(topology)
     bad = np.argwhere(np.abs(w - w.swapaxes(1, 2)) > TOLERANCE)
     if bad.size:
@@ -230,6 +247,7 @@ def check_static(where: str, topology: Topology) -> None:
     Raises:
       ValueError: if its period is not 1.
     """
+    check(where, topology)
     if period(topology) > 1:
         raise ValueError(
             f"{where}(topology={topology.name!r}): it changes, with a period of {period(topology)} rounds, and what "
