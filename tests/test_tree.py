@@ -86,3 +86,10 @@ def test_total_of_rows_on_many_devices():
 
 def test_nbytes_counts_every_leaf_in_its_own_dtype():
     assert tree.nbytes({"a": jnp.zeros((3, 2), jnp.bfloat16), "b": jnp.zeros(5, jnp.int8), "c": ()}) == 17
+
+
+def test_bytes_of_two_messages_can_be_added():
+    """As Mime's clients send two; what is exact is below 2 GiB."""
+    for nbytes in (2**31 - 1, 2**31, 3 * 2**30):
+        one = tree.count_bytes(nbytes, jnp.array([True, False]))
+        assert (one + one).tolist() == [2 * nbytes, 0]

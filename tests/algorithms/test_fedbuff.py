@@ -180,7 +180,8 @@ def test_bad_input_is_refused(make, message):
 def test_only_those_that_set_out_are_sent_the_model():
     algorithm = fedbuff(WORK, concurrency=2, buffer=2, duration=by_number)
     _, metrics = algorithm.round(algorithm.init(PARAMS), cohort_of([3, 5, 7, 2, 0, 8], WORK), KEY)
-    up, down = (int(np.sum(np.asarray(x) > 0)) for x in metrics["traffic"][1:])
+    traffic = metrics["traffic"]
+    up, down = (int(np.sum(np.asarray(x) > 0)) for x in (traffic.up, traffic.down))
     assert down == up == int(metrics["reports"]) <= 3
 
 

@@ -403,7 +403,7 @@ def test_bad_arguments_are_refused(call, message):
 
 def test_a_picture_has_a_box_for_each_op_and_a_number_for_its_microbatch(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr("jfed.plot.schedules.save", lambda figure, path: drawn.append(figure))
     schedule = schedules.interleaved(2, 4, 2)
     plot.plot_schedule(tmp_path / "x.png", {"one": schedule[:3], "two": BASE[:3]}, title="", lasts=(0, 1, 3, 2, 1))
     for axes, table in zip(drawn[0].axes, (schedule, BASE), strict=True):
