@@ -1,21 +1,13 @@
 """Every method without a server, ready for the tests that hold for all of them. A new one joins by one row of METHODS.
 
-As a script, one of two processes of four devices each that run them all: python peer_methods.py PORT PROCESS FOLDER.
+As a script, one of two processes of four devices that run them all, started by `together`.
 """
 
-import os
-import sys
-
-import jax
-
-if __name__ == "__main__":  # before anything makes an array
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    jax.config.update("jax_platforms", "cpu")
-    jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
-
 import functools
+import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -138,4 +130,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[3]))
+    main(Path(sys.argv[1]))

@@ -1,19 +1,12 @@
 """Every all-reduce of the kit: a new one joins the batteries by one row.
 
-As a script, one of two processes of two devices each that run them all: python reduces.py PORT PROCESS FILE.
+As a script, one of two processes of two devices that run them all, started by `together`.
 """
 
 import functools
-import os
 import sys
 
 import jax
-
-if __name__ == "__main__":  # before anything makes an array
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-    jax.config.update("jax_platforms", "cpu")
-    jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
-
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -101,8 +94,7 @@ def main(path):
                 for leaf, x in found.items()
             },
         )
-    jax.distributed.shutdown()
 
 
 if __name__ == "__main__":
-    main(sys.argv[3])
+    main(sys.argv[1])

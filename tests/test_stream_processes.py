@@ -1,19 +1,17 @@
 """Two real processes stream one population, and each loads its own clients only."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import problem
+import together
 import two_process_stream
 
-from jfed import launch
 from jfed.clients import vectorised
 
 
 def test_each_process_loads_its_own_clients_and_the_model_is_that_of_one(tmp_path):
-    script = str(Path(two_process_stream.__file__))
-    assert launch.run(script, [str(tmp_path)], processes=2, devices_per_process=2) == 0
+    together.two_processes(two_process_stream.__file__, tmp_path, devices_per_process=2)
     alone, cohorts = two_process_stream.train(vectorised())
     problem.close(dict(np.load(tmp_path / "params.npz")), alone)
     first, second = (json.loads((tmp_path / f"loaded_{i}.json").read_text()) for i in range(2))

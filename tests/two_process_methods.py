@@ -1,4 +1,4 @@
-"""Two rounds of methods over two processes: python -m jfed.launch -n 2 two_process_methods.py FOLDER METHOD ..."""
+"""One of two processes of two devices that run two rounds of each method, started by `together`."""
 
 import sys
 from pathlib import Path

@@ -1,17 +1,10 @@
-"""One of two processes of one federation: python two_processes.py PORT PROCESS FOLDER."""
+"""One of two processes of one federation, two devices each, started by `together`."""
 
 import functools
-import os
 import sys
 from pathlib import Path
 
 import jax
-
-if __name__ == "__main__":  # before anything makes an array
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-    jax.config.update("jax_platforms", "cpu")
-    jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
-
 import numpy as np
 import optax
 import problem
@@ -65,8 +58,7 @@ def main(folder):
         params = train(name, sharded(devices, lanes(2)), lambda tree: mesh.replicate(tree, devices), folder)
         if jax.process_index() == 0:
             np.savez(folder / name / "params.npz", **{k: v.addressable_data(0) for k, v in params.items()})
-    jax.distributed.shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[3]))
+    main(Path(sys.argv[1]))

@@ -1,17 +1,18 @@
 """What holds for every algorithm under every client map. A new method joins by one row of METHODS."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import problem
 import pytest
+import together
+import two_process_methods
 from methods import IDS, KEY, METHODS, make, two_rounds
 from problem import PARAMS, POPULATION, cohort_of
 
-from jfed import checkpoint, launch, mesh, run, sampling, tree
+from jfed import checkpoint, mesh, run, sampling, tree
 from jfed.clients import lanes, sharded, vectorised
 
 MAPS = {
@@ -158,10 +159,9 @@ def test_a_run_saved_and_restored_goes_on_in_the_same_bits(method, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_end_in_the_state_that_one_does(tmp_path):
-    script = str(Path(__file__).parents[1] / "two_process_methods.py")
     asked = sorted(OF_EACH_MAKE)
-    assert launch.run(script, [str(tmp_path), *asked], processes=2, devices_per_process=2) == 0
+    together.two_processes(two_process_methods.__file__, tmp_path, *asked, devices_per_process=2)
     for method in asked:
-        together = np.load(tmp_path / f"{method}.npz")
+        ended = np.load(tmp_path / f"{method}.npz")
         alone = jax.tree.leaves(reference(method))
-        problem.close([together[str(i)] for i in range(len(alone))], alone)
+        problem.close([ended[str(i)] for i in range(len(alone))], alone)

@@ -1,17 +1,13 @@
 """What every all-reduce is held to."""
 
 import functools
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reduces
+import together
 from jax import lax
 from jax.sharding import PartitionSpec
 from reduces import ALL, in_one, on_devices, options_for, trees
@@ -19,7 +15,6 @@ from reduces import ALL, in_one, on_devices, options_for, trees
 from jfed import collectives, mesh
 from jfed.collectives import cost
 
-HERE = Path(__file__).parents[1]
 every = pytest.mark.parametrize("name", ALL)
 DEDICATED = collectives.dedicated_servers_all_reduce
 
@@ -188,19 +183,7 @@ def test_every_all_reduce_is_in_the_battery_and_has_a_theory():
 
 @pytest.mark.slow
 def test_two_processes_give_the_bits_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
-    command = [sys.executable, str(HERE / "reduces.py"), port]
-    together = [
-        subprocess.Popen(
-            [*command, str(i), str(tmp_path / "sums.npz")], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0].decode() for process in together]
-    assert [process.returncode for process in together] == [0, 0], "\n".join(outputs)
+    together.two_processes(reduces.__file__, tmp_path / "sums.npz", devices_per_process=2)
     found = np.load(tmp_path / "sums.npz")
     one = in_one(lambda x: {name: options_for(name, 4)(x, "devices") for name in ALL})(trees(4))
     for name, sums in one.items():

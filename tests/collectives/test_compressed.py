@@ -1,25 +1,16 @@
-"""Compressed all-reduces; as a script, one of two processes of them: python test_compressed.py PORT PROCESS FILE."""
+"""Compressed all-reduces; as a script, one of two processes of them, started by `together`."""
 
 import functools
 import itertools
-import os
 import re
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
-
-if __name__ == "__main__":  # before anything makes an array
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-    jax.config.update("jax_platforms", "cpu")
-    jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
-
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import together
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -389,21 +380,7 @@ PROCESSES = {name: make(compress.quantize(8)) for name, make in KINDS.items()} |
 
 @pytest.mark.slow
 def test_two_processes_sum_to_what_one_does(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    together = [
-        subprocess.Popen(
-            [sys.executable, __file__, port, str(i), str(tmp_path / "sums.npz")],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0].decode() for process in together]
-    assert [process.returncode for process in together] == [0, 0], "\n".join(outputs)
+    together.two_processes(__file__, tmp_path / "sums.npz", devices_per_process=2)
     sums = np.load(tmp_path / "sums.npz")
     x = trees(4)["a"]
     for name, all_reduce in PROCESSES.items():
@@ -421,8 +398,7 @@ def main(path):
         sums[name] = np.asarray(on_devices(reducer(all_reduce), 4)(x).addressable_data(0))[0]
     if jax.process_index() == 0:
         np.savez(path, **sums)
-    jax.distributed.shutdown()
 
 
 if __name__ == "__main__":
-    main(sys.argv[3])
+    main(sys.argv[1])

@@ -1,12 +1,6 @@
 """What holds for every method without a server. A new one joins by one row of `peer_methods.METHODS`."""
 
-import contextlib
 import functools
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +8,7 @@ import numpy as np
 import peer_methods
 import problem
 import pytest
+import together
 from peer_methods import KEY, METHODS, MIXES, TRAINS, WORK, N
 
 from jfed import checkpoint, mesh, run, sampling, tree
@@ -157,26 +152,7 @@ def test_seeds_run_side_by_side_as_they_run_alone(method):
 def of_processes(tmp_path_factory):
     """What two processes of four devices end with, all methods after one another."""
     folder = tmp_path_factory.mktemp("peers")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    here = Path(peer_methods.__file__)
-    env = os.environ | {"PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here.parent}"}
-    with contextlib.ExitStack() as files:
-        processes = []
-        for i in range(2):
-            file = files.enter_context(open(folder / f"{i}.txt", "w"))
-            command = [sys.executable, str(here), port, str(i), str(folder)]
-            processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT))
-        try:
-            for process in processes:
-                process.wait(timeout=900)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-    said = "\n".join((folder / f"{i}.txt").read_text()[-3000:] for i in range(2))
-    assert [process.returncode for process in processes] == [0, 0], said
+    together.two_processes(peer_methods.__file__, folder, devices_per_process=4, timeout=900)
     return folder
 
 
