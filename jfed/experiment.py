@@ -43,8 +43,8 @@ class Options:
 def cli(main: Callable[[Any], None], options: type[Options], *, smoke: dict[str, Any]) -> None:
     """Reads the command line into `options` and calls `main` with it.
 
-    Compiled programs are kept in the cache folder, so that a second run starts sooner, and each CPU
-    core is a device of its own (`jfed.mesh.use_cores`).
+    Compiled programs are kept in the cache folder, unless JAX is told of another, so that a second run starts sooner,
+    and each CPU core is a device of its own (`jfed.mesh.use_cores`).
 
     A `ValueError`, a missing file or a failed download ends the script with its one line;
     JFED_TRACEBACK=1 shows where it was raised.
@@ -61,7 +61,8 @@ def cli(main: Callable[[Any], None], options: type[Options], *, smoke: dict[str,
         untouched = {name: value for name, value in smoke.items() if getattr(chosen, name) == getattr(options, name)}
         chosen = dataclasses.replace(chosen, **untouched)
     mesh.use_cores()
-    jax.config.update("jax_compilation_cache_dir", str(_machine.cache_folder() / "compiled"))
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(_machine.cache_folder() / "compiled"))
     try:
         main(chosen)
     except (ValueError, OSError) as error:

@@ -1,4 +1,6 @@
 import dataclasses
+import os
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -241,3 +243,17 @@ def test_a_lost_process_is_named_with_what_resumes_the_run(tmp_path, monkeypatch
         ConnectionError, match="another process of this run is gone.*reset by peer.*--resume, from round 0"
     ):
         run_it(tmp_path / "two")
+
+
+@pytest.mark.parametrize("told", ["told", None])
+def test_programs_are_kept_where_jax_is_told_and_else_in_the_cache_folder(told, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # put back what `cli` adds
+    monkeypatch.setenv("JFED_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    before, kept = jax.config.jax_compilation_cache_dir, []
+    jax.config.update("jax_compilation_cache_dir", told)
+    try:
+        experiment.cli(lambda _: kept.append(jax.config.jax_compilation_cache_dir), experiment.Options, smoke={})
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert kept == [told or str(tmp_path / "compiled")]
