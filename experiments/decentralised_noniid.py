@@ -5,25 +5,25 @@ farther the more they differ, with momentum of its own most of all.
 
 | Dirichlet                    | alpha 1    | alpha .1   | alpha .01  | paper: 1 | .1   | .01  |
 |------------------------------|------------|------------|------------|----------|------|------|
-| all-reduce                   | 85.1 ± 0.3 | 85.2 ± 0.2 | 85.2 ± 0.2 |     87.0 | 87.0 | 87.0 |
+| all-reduce                   | 85.1 ± 0.2 | 85.3 ± 0.1 | 85.3 ± 0.2 |     87.0 | 87.0 | 87.0 |
 | the same, momentum           | 87.2 ± 0.2 | 87.3 ± 0.1 | 87.2 ± 0.9 |     90.2 | 90.2 | 90.2 |
 | RelaySGD, chain              | 83.4 ± 0.1 | 81.9 ± 0.3 | 81.8 ± 0.1 |     87.3 | 87.2 | 86.5 |
 | the same, local momentum     | 86.3 ± 0.1 | 85.1 ± 0.3 | 84.4 ± 0.9 |     89.5 | 89.2 | 88.4 |
-| SGP, exponential             | 84.7 ± 0.1 | 84.1 ± 0.1 | 83.5 ± 0.3 |     87.4 | 86.7 | 86.7 |
+| SGP, exponential             | 84.6 ± 0.1 | 84.1 ± 0.2 | 83.5 ± 0.3 |     87.4 | 86.7 | 86.7 |
 | the same, local momentum     | 86.9 ± 0.1 | 86.1 ± 0.3 | 84.2 ± 0.1 |     89.5 | 89.2 | 87.5 |
-| D2, ring                     | 84.3 ± 0.0 | 82.7 ± 0.7 | 80.7 ± 0.4 |     87.2 | 84.0 | 38.2 |
-| the same, local momentum     | 86.6 ± 0.2 | 84.2 ± 0.6 | 82.6 ± 0.6 |     88.2 | 88.5 | 61.0 |
-| D-PSGD, ring                 | 84.3 ± 0.1 | 81.9 ± 0.7 | 78.7 ± 1.6 |     87.4 | 79.9 | 53.9 |
-| the same, quasi-global mom.  | 86.8 ± 0.1 | 84.3 ± 0.6 | 80.9 ± 1.8 |     89.5 | 84.8 | 63.3 |
-| the same, local momentum     | 86.3 ± 0.2 | 81.0 ± 1.7 | 75.3 ± 1.9 |          |      | 46.3 |
+| D2, ring                     | 84.3 ± 0.1 | 82.6 ± 0.6 | 80.5 ± 0.5 |     87.2 | 84.0 | 38.2 |
+| the same, local momentum     | 86.6 ± 0.2 | 84.5 ± 0.8 | 82.9 ± 0.5 |     88.2 | 88.5 | 61.0 |
+| D-PSGD, ring                 | 84.3 ± 0.6 | 81.9 ± 0.5 | 78.4 ± 1.5 |     87.4 | 79.9 | 53.9 |
+| the same, quasi-global mom.  | 86.8 ± 0.1 | 84.3 ± 0.7 | 80.9 ± 1.9 |     89.5 | 84.8 | 63.3 |
+| the same, local momentum     | 86.4 ± 0.2 | 81.1 ± 1.7 | 75.3 ± 1.9 |          |      | 46.3 |
 
 Test accuracy in per cent, the mean of all peers' own models, over three seeds, each with its own split; the paper's is
 of another model and data, 200 epochs. At alpha .01 the order is the paper's: all-reduce, SGP and RelaySGD, then D2 and
-D-PSGD. From all-reduce to D-PSGD on a ring it is .8, 3.3 and 6.5 points as alpha falls, with local momentum .9, 6.3 and
-11.9. What is not the paper's: gaps are smaller; RelaySGD is .9 to 3.4 points behind all-reduce and at alpha 1 and .1,
+D-PSGD. From all-reduce to D-PSGD on a ring it is .9, 3.3 and 6.9 points as alpha falls, with local momentum .8, 6.2 and
+11.9. What is not the paper's: gaps are smaller; RelaySGD is .9 to 3.5 points behind all-reduce and at alpha 1 and .1,
 without momentum, not ahead of D-PSGD, as on a chain of 16 news is late and ten epochs are short; and D2, which failed
-in one of the paper's three seeds, does not. At alpha .01 D-PSGD's worst peer has 77.3 %, the average of all models
-80.0 %; with local momentum 73.4 and 77.3 %. Only with D-PSGD, at alpha .1 and .01, do peers differ by more than a few
+in one of the paper's three seeds, does not. At alpha .01 D-PSGD's worst peer has 76.5 %, the average of all models
+80.1 %; with local momentum 73.4 and 77.3 %. Only with D-PSGD, at alpha .1 and .01, do peers differ by more than a few
 tenths.
 
 Source: Vogels et al. 2021 (arXiv:2110.04175), the table for VGG-11 and CIFAR-10, and its published code: 16 peers,
@@ -39,7 +39,7 @@ are one round of a graph that is their product. The double binary trees of the p
 
 Command: python experiments/decentralised_noniid.py
 Expected: the table above.
-Time: 17 minutes on two CPU cores that did much other work too.
+Time: seven minutes on two CPU cores.
 Needs the Fashion-MNIST files; `--setting vgg11` those of CIFAR-10.
 """
 

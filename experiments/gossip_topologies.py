@@ -46,7 +46,7 @@ peers learn, of data that are alike.
 
 Command: python experiments/gossip_topologies.py
 Expected: the table above; graphs.png, decay.png, accuracy_by_gap.png and accuracy_by_pulled_apart.png.
-Time: 11 minutes on two CPU cores that did four times as much other work; 5 minutes of processor time.
+Time: three and a half minutes on two CPU cores.
 Needs the MNIST files; the error says where they are looked for.
 """
 
