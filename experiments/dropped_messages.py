@@ -33,6 +33,7 @@ What differs: model, data and length of training, as there. RelaySGD runs on a c
 exchange a step and not two. Rates are chosen for each rate of loss.
 
 Command: python experiments/dropped_messages.py
+For 200 epochs: --methods quasi_global --losses 0.01 --epochs 200, and --losses 0 0.01 0.1 --rates 0.2 0.6.
 Expected: the table above.
 Time: three minutes on two CPU cores.
 Needs the Fashion-MNIST files; `--setting vgg11` those of CIFAR-10.

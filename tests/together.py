@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 
 
 def two_processes(script, *arguments, devices_per_process, timeout=300):
-    """Runs it in two processes to their end; returns what the first printed."""
+    """Runs it in two processes to their end."""
     command = [sys.executable, "-m", "jfed.launch", "-n", "2", "--devices-per-process", str(devices_per_process)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
     launcher = subprocess.Popen(
@@ -27,4 +27,3 @@ def two_processes(script, *arguments, devices_per_process, timeout=300):
         print(said)
         raise
     assert launcher.returncode == 0, said
-    return said

@@ -14,7 +14,7 @@ def averaging(topology: graph.Topology, **options) -> Algorithm:
 
     Args:
       topology: rows must add up to 1; the mean is kept if columns do, too.
-      **options: those of `decentralised`: `mixing`, `lost`.
+      **options: those of `decentralised` but what only training needs.
 
     Raises:
       ValueError: if a row does not add up to 1.

@@ -62,7 +62,7 @@ def choco_gossip(
       topology: as in `choco`.
       compressor: as in `choco`.
       step_size: as in `choco`.
-      **options: those of `decentralised`.
+      **options: those of `decentralised` but what only training needs.
 
     Raises:
       ValueError: as `choco`.

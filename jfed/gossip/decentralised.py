@@ -96,7 +96,8 @@ def decentralised(
       by_edge: whether `"traffic"` tells links apart, for `ledger.by_edge`: S n numbers a round.
 
     Raises:
-      ValueError: if what is given is no topology; when traced, if messages are lost by an array of another shape.
+      ValueError: if what is given is no topology, or without work an optimizer or a client map; when traced, if
+        messages are lost by an array of another shape.
     """
     graph.check(where, topology)
     _validate.flags(where, by_edge=by_edge)

@@ -132,6 +132,21 @@ def test_matrices_that_a_method_cannot_do_with_are_refused_by_name():
         gossip.dpsgd(GRADIENT, W)
 
 
+@pytest.mark.parametrize("method", ["averaging", "choco_gossip", "push_sum", "biased_push", "epidemic"])
+@pytest.mark.parametrize("given", [{"optimizer": optax.sgd(0.1)}, {"client_map": lanes(4)}])
+def test_what_only_training_needs_is_refused_without_work(method, given):
+    build = {
+        "averaging": functools.partial(gossip.averaging, RING),
+        "choco_gossip": functools.partial(gossip.choco_gossip, RING, compressor=compress.top_k(0.5), step_size=0.1),
+        "push_sum": functools.partial(gossip.push_sum, None, RING),
+        "biased_push": functools.partial(gossip.biased_push, None, RING),
+        "epidemic": functools.partial(gossip.epidemic, None, 6, fanout=2),
+    }[method]
+    build()
+    with pytest.raises(ValueError, match=rf"{method}\({next(iter(given))}=...\): without work"):
+        build(**given)
+
+
 # --- what they reduce to ---------------------------------------------------------------------------------------------
 
 WORK = local.sgd(problem.loss, optax.sgd(0.2), batch_size=4, epochs=2)
